@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EfficientSAM for the Hugging Face ecosystem. Importing this package registers its classes with the Auto classes."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from .models import (
+    EfficientSamBackbone,
+    EfficientSamConfig,
+    EfficientSamImageProcessor,
+    EfficientSamModel,
+    EfficientSamProcessor,
+    EfficientSamVisionConfig,
+    EfficientSamVisionModel,
+    register_auto_classes,
+)
+
+
+try:
+    __version__ = version("efficientsam-hf")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0.0.0"
+
+register_auto_classes()
+
+
+def default_checkpoint() -> str:
+    """Path of the folder that ships with the package: a small model with its processor, for any `from_pretrained`."""
+    return str(Path(__file__).parent / "checkpoints" / "efficientsam_ti_scenes")
+
+
+__all__ = [
+    "EfficientSamBackbone",
+    "EfficientSamConfig",
+    "EfficientSamImageProcessor",
+    "EfficientSamModel",
+    "EfficientSamProcessor",
+    "EfficientSamVisionConfig",
+    "EfficientSamVisionModel",
+    "__version__",
+    "default_checkpoint",
+]

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `efficientsam`: one module per subcommand, each with `add_parser(subparsers)` and `run(args)`.
+
+Input errors (`ValueError`, `OSError`, a missing extra) end as one line on stderr and exit code 2; anything else is a
+defect and keeps its traceback. Subcommands import what is heavy inside `run`.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from .. import __version__
+from . import convert, evaluate, finetune, segment
+
+
+INPUT_ERROR = 2
+INTERRUPTED = 130
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line that names the command."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code; `argv` is `sys.argv[1:]` unless given."""
+    argv = _attach_negative_values(sys.argv[1:] if argv is None else argv)
+    show_traceback = "--traceback" in argv
+    try:
+        args = build_parser().parse_args(argv)
+        args.argv = list(argv)
+        return args.run(args) or 0
+    except (ValueError, OSError, ImportError) as error:
+        if show_traceback:
+            raise
+        print(f"efficientsam: error: {_one_line(error)}", file=sys.stderr)
+        return INPUT_ERROR
+    except KeyboardInterrupt:
+        print("efficientsam: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the command with all its subcommands."""
+    parser = Parser(
+        prog="efficientsam", description="Segment anything with a click or a box; convert, evaluate, train."
+    )
+    parser.add_argument("--version", action="version", version=f"efficientsam-hf {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an input error came from")
+    subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
+    for module in (segment, convert, evaluate, finetune):
+        module.add_parser(subparsers)
+    return parser
+
+
+def _attach_negative_values(argv: Sequence[str]) -> list[str]:
+    """Join `--point -5,3` to `--point=-5,3`, which argparse would otherwise read as two options."""
+    joined: list[str] = []
+    for argument in argv:
+        if joined and re.match(r"-[\d.]", argument) and re.fullmatch(r"--[a-z-]+", joined[-1]):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def _one_line(error: BaseException) -> str:
+    """An error's message without line breaks; its kind where it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`efficientsam finetune`: train a model on masks, from a preset or from a checkpoint."""
+
+import argparse
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+DESCRIPTION = """\
+Train a promptable segmentation model. A recipe fills the fields below, flags change them; the result is
+OUTPUT_DIR/model, a folder for from_pretrained with the averaged weights.
+
+  efficientsam finetune --recipe smoke --output-dir runs/smoke
+  efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --eval-annotations A.json --eval-images DIR
+  efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --resume"""
+HELD_OUT = 1_000_003  # added to the seed for evaluation scenes
+STOPPED = 128  # plus the signal's number: the exit code of a run that a signal ended
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "finetune",
+        help="train on masks, from a checkpoint or from scratch",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--recipe", metavar="NAME|FILE", help="recipe of the package or a YAML file")
+    from ..training.arguments import FinetuneArguments, add_flags
+
+    add_flags(parser.add_argument_group("fields of a recipe"), FinetuneArguments)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and say where the result is."""
+    from ..training.arguments import FinetuneArguments, build_arguments, read_recipe
+
+    recipe = read_recipe(args.recipe) if args.recipe else {}
+    names = FinetuneArguments.__dataclass_fields__
+    flags = {name: value for name, value in vars(args).items() if name in names}
+    arguments = build_arguments(FinetuneArguments, recipe, flags)
+    summary = finetune(arguments)
+    print(
+        f"{summary['steps']} steps, {summary['images']} images in {summary['minutes']:.1f} minutes "
+        f"({summary['images_per_s']:.1f} images/s); model: {Path(arguments.output_dir) / 'model'}"
+    )
+    return 0 if summary["interrupted"] is None else STOPPED + signal.Signals[summary["interrupted"]]
+
+
+def finetune(arguments: Any) -> dict[str, Any]:
+    """Put model, data, evaluation and trainer of a `FinetuneArguments` together and train; returns the summary."""
+    import torch
+
+    try:
+        from ..training.trainer import Trainer
+    except ModuleNotFoundError as error:
+        raise ImportError(f"training needs {error.name}: pip install 'efficientsam-hf[train]'") from error
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..training.segmentation import InteractiveSegmentation
+
+    disable_progress_bar()  # one for each saved model would break ours into pieces
+    evaluation_sets = _coco_samples(arguments)
+    torch.manual_seed(arguments.seed)
+    model, processor = build_model(arguments)
+    module = InteractiveSegmentation(model, processor, arguments.sampling(), arguments.loss_weights())
+    trainer = Trainer(module, _scene_batches(arguments), arguments)
+    if arguments.evaluate_scenes:
+        evaluation_sets["scenes"] = _scene_samples(arguments)
+    if evaluation_sets:
+        trainer.evaluate = _evaluation(evaluation_sets, arguments)
+    return trainer.train()
+
+
+def build_model(arguments: Any) -> tuple[Any, Any]:
+    """Model with float32 weights, new from a preset or loaded, and a processor for the last stage's image size."""
+    import torch
+
+    from .. import (
+        EfficientSamConfig,
+        EfficientSamImageProcessor,
+        EfficientSamModel,
+        EfficientSamProcessor,
+        default_checkpoint,
+    )
+    from ..training.attention import use_matrix_products
+
+    image_size = arguments.stages()[-1].image_size
+    overrides = arguments.overrides()
+    if arguments.model in ("ti", "s", "b"):
+        vision = {**overrides.pop("vision_config", {}), "image_size": image_size}
+        model = EfficientSamModel(EfficientSamConfig.from_preset(arguments.model, vision_config=vision, **overrides))
+    else:
+        if overrides:
+            raise ValueError("model_overrides is for presets (ti, s, b); a checkpoint keeps its config")
+        source = default_checkpoint() if arguments.model == "default" else arguments.model
+        model = EfficientSamModel.from_pretrained(source, dtype=torch.float32)
+        model.config.vision_config.image_size = image_size
+    if arguments.cpu or not torch.cuda.is_available():
+        use_matrix_products(model)
+    size = {"height": image_size, "width": image_size}
+    return model, EfficientSamProcessor(EfficientSamImageProcessor(size=size))
+
+
+def _scene_batches(arguments: Any) -> Any:
+    from accelerate import PartialState
+
+    from ..data.scene_bank import SceneBank
+    from ..training.scene_batches import SceneBatches
+
+    state = PartialState(cpu=arguments.cpu)
+    on_device = state.device if arguments.scene_workers == 0 else "cpu"
+    return SceneBatches(
+        bank=SceneBank.build(seed=0, device=on_device),
+        stages=arguments.stages(),
+        seed=arguments.seed,
+        objects=arguments.objects_per_image,
+        min_area=arguments.min_object_area,
+        max_area=arguments.max_object_area,
+        rank=state.process_index,
+        processes=state.num_processes,
+        workers=arguments.scene_workers,
+    )
+
+
+def _scene_samples(arguments: Any) -> list[dict[str, Any]]:
+    """Held-out scenes at the last stage's size, with up to `objects_per_image` objects each."""
+    from ..training.scene_batches import scene_samples
+
+    return scene_samples(
+        arguments.evaluate_scenes,
+        seed=arguments.seed + HELD_OUT,
+        image_size=arguments.stages()[-1].image_size,
+        objects=arguments.objects_per_image,
+        min_area=arguments.min_object_area,
+        max_area=arguments.max_object_area,
+    )
+
+
+def _coco_samples(arguments: Any) -> dict[str, Any]:
+    if not arguments.eval_annotations:
+        return {}
+    from ..data.coco import CocoSamples
+
+    return {"coco": CocoSamples(arguments.eval_annotations, arguments.eval_images)}
+
+
+def _evaluation(sets: dict[str, Any], arguments: Any) -> Callable[[Any], dict[str, float]]:
+    """Numbers by name as coco/box, scenes/center, ...; `miou` is the mean over prompts on the first set."""
+    from ..evaluation import evaluate
+
+    def measure(module: Any) -> dict[str, float]:
+        numbers = {}
+        for name, samples in sets.items():
+            limit = arguments.eval_limit if name == "coco" else None
+            result = evaluate(module.model, module.processor, samples, limit=limit, progress=False)
+            for prompt in ("center", "uniform", "box"):
+                numbers[f"{name}/{prompt}"] = result[prompt]["miou"]
+                numbers[f"{name}/{prompt}_oracle"] = result[prompt]["oracle_miou"]
+        first = next(iter(sets))
+        numbers["miou"] = sum(numbers[f"{first}/{prompt}"] for prompt in ("center", "uniform", "box")) / 3
+        return numbers
+
+    return measure

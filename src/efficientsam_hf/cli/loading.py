@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model options that commands share, and loading by them."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add --model, --device and --dtype."""
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="M", help="folder or Hub name (default: the checkpoint that ships)")
+    group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
+    group.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as in the model's config)")
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model in evaluation mode on its device, and processor; `ValueError` or `OSError` that names what is wrong."""
+    import torch
+    from transformers import AutoModelForMaskGeneration, AutoProcessor
+    from transformers.utils import logging
+
+    from .. import default_checkpoint
+
+    device = pick_device(args.device)
+    name = str(args.model or default_checkpoint())
+    _check_name(name)
+    options = {"dtype": getattr(torch, args.dtype)} if args.dtype else {}
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # "Loading weights" is over before it can be read
+    try:
+        model = AutoModelForMaskGeneration.from_pretrained(name, **options)
+        processor = AutoProcessor.from_pretrained(name)
+    except (ValueError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot load a promptable model from {name}: {reason[:300]}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+    return model.to(device).eval(), processor
+
+
+def pick_device(name: str | None) -> Any:
+    """The named device, or the best there is; `ValueError` if this machine lacks it."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"--device {name} cannot be used on this machine: {reason[:200]}") from error
+    return device
+
+
+def _check_name(name: str) -> None:
+    """`ValueError` for a name that is neither a folder nor could be one on the Hub, before anything is downloaded."""
+    if Path(name).is_dir():
+        return
+    if Path(name).is_file():
+        raise ValueError(f"--model {name} is a file: give a folder (efficientsam convert makes one of a released .pt)")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise ValueError(f"--model {name}: no such folder")

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with instance masks from a COCO instances file and a folder of pictures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..models.image_processing_efficientsam import open_image
+from ..rle import decode_rle, rle_size
+
+
+class CocoSamples:
+    """Pictures of a COCO instances file that have objects, in the file's order; masks are expanded on access.
+
+    Item i is {"image": RGB `PIL.Image`, "masks": (N, H, W) bool array, "image_id": the file's id}. Segmentations are
+    compressed RLE, uncompressed RLE or polygons (these alone need pycocotools). Crowd annotations are left out unless
+    `skip_crowd` is False; so are pictures without annotations, and objects too small to cover a pixel.
+
+    Raises `FileNotFoundError` if the file or pictures are missing and `ValueError` if the file is not COCO instances,
+    both on construction; `ValueError` on access if a picture has another size than the file says.
+    """
+
+    def __init__(self, annotations: str | Path, image_folder: str | Path, skip_crowd: bool = True) -> None:
+        self.annotations = Path(annotations)
+        self.image_folder = Path(image_folder)
+        content = _read_instances(self.annotations)
+        self._segmentations = self._group_by_image(content, skip_crowd)
+        self._images = [image for image in content["images"] if self._segmentations[image["id"]]]
+        if not self._images:
+            raise ValueError(f"{self.annotations} holds no objects to use: {len(content['annotations'])} annotations")
+        self._check_pictures()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        record = self._images[index]
+        image = open_image(self.image_folder / record["file_name"])
+        size = (record["height"], record["width"])
+        if (image.height, image.width) != size:
+            raise ValueError(
+                f"{self.image_folder / record['file_name']} is {image.width} x {image.height} pixels,"
+                f" but {self.annotations.name} says {size[1]} x {size[0]}"
+            )
+        masks = [self._mask(segmentation, size, record) for segmentation in self._segmentations[record["id"]]]
+        masks = [mask for mask in masks if mask.any()]
+        return {
+            "image": image,
+            "masks": np.stack(masks) if masks else np.zeros((0, *size), bool),
+            "image_id": record["id"],
+        }
+
+    def _group_by_image(self, content: dict[str, Any], skip_crowd: bool) -> dict[Any, list[Any]]:
+        """Segmentations of each image id; `ValueError` at an annotation of an image that the file does not list."""
+        groups: dict[Any, list[Any]] = {image["id"]: [] for image in content["images"]}
+        for annotation in content["annotations"]:
+            if annotation["image_id"] not in groups:
+                raise ValueError(
+                    f"{self.annotations}: annotation {annotation.get('id')} belongs to image"
+                    f" {annotation['image_id']!r}, which is not in 'images'"
+                )
+            if not (skip_crowd and annotation.get("iscrowd", 0)):
+                groups[annotation["image_id"]].append(annotation["segmentation"])
+        return groups
+
+    def _check_pictures(self) -> None:
+        """`FileNotFoundError` that counts the pictures missing on disk and names the first."""
+        if not self.image_folder.is_dir():
+            raise FileNotFoundError(f"image folder {self.image_folder} does not exist or is not a folder")
+        names = [image["file_name"] for image in self._images]
+        missing = [name for name in names if not (self.image_folder / name).is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(names)} pictures of {self.annotations.name} are not in {self.image_folder},"
+                f" the first is {missing[0]}"
+            )
+
+    def _mask(self, segmentation: Any, size: tuple[int, int], record: dict[str, Any]) -> np.ndarray:
+        """Expand one segmentation, -> (H, W) bool; `ValueError` that names the picture if it does not fit."""
+        try:
+            if isinstance(segmentation, list):
+                return rasterize_polygons(segmentation, size)
+            if rle_size(segmentation) != size:
+                raise ValueError(f"mask of {rle_size(segmentation)} in a picture of {size} (height, width)")
+            return decode_rle(segmentation)
+        except ValueError as error:
+            raise ValueError(f"{self.annotations.name}, picture {record['file_name']}: {error}") from error
+
+
+def rasterize_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
+    """Fill the union of polygons [x0, y0, x1, y1, ...] in pixels of the image, -> (H, W) bool, as the COCO API does.
+
+    Raises `ValueError` if a polygon has fewer than three corners, `ImportError` if pycocotools is missing.
+    """
+    for polygon in polygons:
+        numbers = isinstance(polygon, list) and all(isinstance(value, (int, float)) for value in polygon)
+        if not numbers or len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"a polygon must be a flat list of at least three x, y pairs, got {str(polygon)[:60]}")
+    if not polygons:
+        return np.zeros(size, bool)
+    try:
+        from pycocotools import mask as coco_mask
+    except ImportError as error:
+        raise ImportError(
+            "polygons of COCO files are drawn by pycocotools: pip install 'efficientsam-hf[eval]'"
+            " (files with RLE masks work without it)"
+        ) from error
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *size))).astype(bool)
+
+
+def _read_instances(path: Path) -> dict[str, Any]:
+    """Parse a COCO instances file; `ValueError` naming the first entry that lacks a needed key."""
+    if not path.is_file():
+        raise FileNotFoundError(f"annotation file {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # covers malformed JSON and text that is not UTF-8
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    needed = {"images": ("id", "file_name", "width", "height"), "annotations": ("image_id", "segmentation")}
+    for section, keys in needed.items():
+        entries = content.get(section) if isinstance(content, dict) else None
+        if not isinstance(entries, list):
+            raise ValueError(f"{path} is not a COCO instances file: it has no list '{section}'")
+        for position, entry in enumerate(entries):
+            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if lacking:
+                raise ValueError(f"{path}: entry {position} of '{section}' lacks {', '.join(lacking)}")
+    return content

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images to model pixels and masks back to the image, for EfficientSAM."""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, load_image
+
+from .mask_generation_efficientsam import (
+    crop_boxes_of_layers,
+    layer_of_crop,
+    masks_to_boxes,
+    near_crop_edge,
+    non_maximum_suppression,
+    point_grid,
+    stability_scores,
+)
+from .rle_efficientsam import decode_rle, mask_to_counts
+
+
+MASKS_AT_ONCE = 16  # full-size float32 masks in memory while the logits of a batch are resized
+
+
+def open_image(source: Any, name: str = "image") -> Image.Image:
+    """Open a picture as 8-bit RGB, turned the way its EXIF orientation says: path, URL or PIL image -> PIL image.
+
+    Args:
+        source: path, `http(s)` URL, open binary file or PIL image.
+        name: what error messages call it.
+
+    Raises:
+        FileNotFoundError: if the path does not exist.
+        ValueError: if it is no picture, is truncated, is larger than Pillow's safety limit or has more than 8 bits.
+        TypeError: if `source` is something else.
+    """
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        return load_image(source, timeout=30.0)
+    shown = f"{name} {str(source)!r}" if isinstance(source, (str, os.PathLike)) else name
+    try:
+        if isinstance(source, Image.Image):
+            image = source
+        elif isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
+            image = Image.open(source)
+        else:
+            raise TypeError(f"{name} is a {type(source).__name__}, expected a path, a URL or a PIL image")
+        _check_image_size(image, shown)
+        image.load()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{shown} does not exist") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{shown} is not a picture that Pillow can read") from None
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{shown} is larger than Pillow's safety limit: {error}") from None
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{shown} is damaged or truncated: {error}") from None
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(f"{shown} has mode {image.mode}, expected 8 bits a channel: scale its values to 0..255 first")
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _check_image_size(image: Image.Image, shown: str) -> None:
+    if not image.width or not image.height:
+        raise ValueError(f"{shown} is empty: {image.width} x {image.height} pixels")
+
+
+class EfficientSamImageProcessor(BaseImageProcessor):
+    r"""
+    Stretches images to the model's square input and brings masks back.
+
+    Args:
+        size (`int` or `dict`, *optional*, defaults to 1024):
+            Height and width of the model's input in pixels, `{"height": int, "width": int}`. The aspect ratio is not
+            kept, as in the released model.
+        antialias (`bool`, *optional*, defaults to `False`):
+            Whether shrinking averages over the pixels it drops. Released checkpoints were trained without.
+        do_resize, do_rescale, do_normalize (`bool`, *optional*, default to `True`):
+            The steps: bilinear resizing, 0..255 to 0..1, subtracting the mean and dividing by the deviation.
+        image_mean, image_std (`list[float]`, *optional*):
+            Mean and deviation of every channel; ImageNet's by default.
+    """
+
+    model_input_names = ["pixel_values", "original_sizes", "reshaped_input_sizes"]
+
+    def __init__(
+        self,
+        size: int | dict[str, int] | None = None,
+        antialias: bool = False,
+        do_resize: bool = True,
+        do_rescale: bool = True,
+        do_normalize: bool = True,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.size = _square(1024 if size is None else size)
+        self.antialias = antialias
+        self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
+        self.image_mean = list(IMAGENET_DEFAULT_MEAN if image_mean is None else image_mean)
+        self.image_std = list(IMAGENET_DEFAULT_STD if image_std is None else image_std)
+
+    def preprocess(
+        self,
+        images: Any,
+        size: int | dict[str, int] | None = None,
+        antialias: bool | None = None,
+        do_resize: bool | None = None,
+        do_rescale: bool | None = None,
+        do_normalize: bool | None = None,
+        return_tensors: str | None = None,
+    ) -> BatchFeature:
+        """Prepare one image or a list for the model; arguments left out are those of the processor.
+
+        Args:
+            images: PIL image, path, URL, uint8 array (H, W, 3), tensor (3, H, W) (uint8, or float in 0..1), or a list
+                or batch of these.
+            return_tensors: "pt", "np" or None (lists).
+
+        Returns:
+            `pixel_values` (B, 3, size, size) float32, `original_sizes` and `reshaped_input_sizes` (B, 2) int64 as
+            (height, width).
+
+        Raises:
+            FileNotFoundError, ValueError, TypeError: on anything that is not such an image; the message names it.
+        """
+        size = self.size if size is None else _square(size)
+        do_resize = self.do_resize if do_resize is None else do_resize
+        do_rescale = self.do_rescale if do_rescale is None else do_rescale
+        do_normalize = self.do_normalize if do_normalize is None else do_normalize
+        antialias = self.antialias if antialias is None else antialias
+        tensors = [image_to_tensor(image, f"images[{index}]") for index, image in enumerate(_as_list(images))]
+        original_sizes = [tuple(tensor.shape[1:]) for tensor in tensors]
+        target = (size["height"], size["width"])
+        prepared = []
+        for tensor in tensors:
+            # Integers are rescaled; a float image is in 0..1 by convention and stays as it is.
+            tensor = tensor.float() / 255.0 if do_rescale and tensor.dtype == torch.uint8 else tensor.float()
+            if do_resize and tuple(tensor.shape[1:]) != target:
+                tensor = F.interpolate(
+                    tensor[None], size=target, mode="bilinear", align_corners=False, antialias=antialias
+                )[0]
+            prepared.append(self._normalize(tensor) if do_normalize else tensor)
+        return _batch(prepared, original_sizes, return_tensors)
+
+    def _normalize(self, image: torch.Tensor) -> torch.Tensor:
+        mean = torch.tensor(self.image_mean, device=image.device).view(-1, 1, 1)
+        std = torch.tensor(self.image_std, device=image.device).view(-1, 1, 1)
+        return (image - mean) / std
+
+    def post_process_masks(
+        self,
+        masks: torch.Tensor | list[torch.Tensor],
+        original_sizes: Any,
+        reshaped_input_sizes: Any = None,
+        mask_threshold: float = 0.0,
+        binarize: bool = True,
+        object_mask: torch.Tensor | None = None,
+    ) -> list[torch.Tensor]:
+        """Bring low-resolution logits to the pixels of the original images.
+
+        Args:
+            masks: (B, Q, M, h, w) logits, or a list over images of (Q, M, h, w).
+            original_sizes: (height, width) of every image.
+            reshaped_input_sizes: accepted for code written for SAM and not needed: nothing is padded.
+            mask_threshold: logits of at least this much belong to the object.
+            binarize: whether to cut at the threshold, or return the logits.
+            object_mask: (B, Q) of the model's output; only objects with True are returned.
+
+        Returns:
+            A list over images of (Q, M, H, W) bool, or float32 with `binarize=False`.
+
+        Raises:
+            ValueError: if the numbers of images differ.
+        """
+        sizes = [tuple(int(value) for value in size) for size in _to_lists(original_sizes)]
+        if len(sizes) != len(masks):
+            raise ValueError(f"original_sizes is for {len(sizes)} images, but masks for {len(masks)}")
+        if object_mask is not None:
+            masks = [image_masks[real] for image_masks, real in zip(masks, object_mask, strict=True)]
+        return [
+            _resize_logits(torch.as_tensor(image_masks), size, mask_threshold if binarize else None)
+            for image_masks, size in zip(masks, sizes, strict=True)
+        ]
+
+    def generate_crop_boxes(
+        self,
+        image: Any,
+        target_size: int,
+        crop_n_layers: int = 0,
+        overlap_ratio: float = 512 / 1500,
+        points_per_crop: int = 32,
+        crop_n_points_downscale_factor: int = 1,
+        device: torch.device | str | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor], torch.Tensor]:
+        """Crops of an image and a grid of points for each, as `MaskGenerationPipeline` asks for them.
+
+        Args:
+            image: any image that `preprocess` takes.
+            target_size: height and width of the model's input; the points are in its pixels.
+            crop_n_layers: layers of crops beside the whole image; layer i has 4**i.
+            overlap_ratio: overlap of the crops of the first layer, as a part of the image's shorter side.
+            points_per_crop: points per side of the grid.
+            crop_n_points_downscale_factor: divides that number once more in every layer.
+            device: where the tensors go.
+
+        Returns:
+            Boxes (crops, 4) int64 in original pixels, points (1, n, crops, 2) float32 in model pixels, the crops
+            (3, h, w), labels (1, n, crops). A crop with a smaller grid repeats its last point.
+        """
+        tensor = image_to_tensor(image, "image")
+        boxes = crop_boxes_of_layers(*tensor.shape[1:], crop_n_layers, overlap_ratio)
+        crops = [tensor[:, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes]
+        grids = []
+        for index in range(len(boxes)):
+            per_side = max(1, int(points_per_crop / crop_n_points_downscale_factor ** layer_of_crop(index)))
+            # The model reads coordinates as pixel centres, half a pixel from those of the unit square.
+            grid = point_grid(per_side) * target_size - 0.5
+            grids.append(torch.cat([grid, grid[-1:].expand(points_per_crop**2 - len(grid), 2)]))
+        points = torch.stack(grids, dim=1)[None].to(device)
+        labels = torch.ones(points.shape[:3], dtype=torch.long, device=device)
+        return torch.tensor(boxes, device=device), points, crops, labels
+
+    def filter_masks(
+        self,
+        masks: torch.Tensor,
+        iou_scores: torch.Tensor,
+        original_size: tuple[int, int],
+        cropped_box_image: Any,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        mask_threshold: float = 0.0,
+        stability_score_offset: float = 1.0,
+    ) -> tuple[list[dict[str, Any]], torch.Tensor, torch.Tensor]:
+        """Keep sure and stable masks of one crop that do not touch its inner edges.
+
+        Args:
+            masks: (Q, M, h, w) logits in the crop's pixels.
+            iou_scores: (Q, M) predicted IoU.
+            original_size: (height, width) of the whole image.
+            cropped_box_image: (x0, y0, x1, y1) of the crop in it.
+            pred_iou_thresh, stability_score_thresh: lower limits, 0 for none.
+            mask_threshold, stability_score_offset: logits to cut at, and how far the stability score moves the cut.
+
+        Returns:
+            Uncompressed RLE of the masks in the whole image, scores (K) float32, boxes (K, 4) in its pixels.
+        """
+        masks, iou_scores = masks.flatten(0, 1), iou_scores.flatten(0, 1).float()
+        keep = torch.ones_like(iou_scores, dtype=torch.bool)
+        if pred_iou_thresh > 0.0:
+            keep &= iou_scores > pred_iou_thresh
+        if stability_score_thresh > 0.0:
+            keep &= stability_scores(masks, mask_threshold, stability_score_offset) > stability_score_thresh
+        masks, scores = masks[keep] > mask_threshold, iou_scores[keep]
+        boxes = masks_to_boxes(masks)
+        keep = masks.flatten(1).any(1) & ~near_crop_edge(boxes, cropped_box_image, original_size)
+        x0, y0, x1, y1 = (int(value) for value in cropped_box_image)
+        height, width = original_size
+        whole = F.pad(masks[keep], (x0, width - x1, y0, height - y1)).cpu().numpy()
+        rles = [{"size": [height, width], "counts": mask_to_counts(mask).tolist()} for mask in whole]
+        return rles, scores[keep], boxes[keep] + torch.tensor([x0, y0, x0, y0], device=boxes.device)
+
+    def post_process_for_mask_generation(
+        self,
+        all_masks: list[dict[str, Any]],
+        all_scores: torch.Tensor,
+        all_boxes: torch.Tensor,
+        crops_nms_thresh: float,
+    ) -> tuple[list[np.ndarray], torch.Tensor, list[dict[str, Any]], torch.Tensor]:
+        """Drop duplicates: RLE masks, scores (K), boxes (K, 4) -> masks (H, W) bool, scores, RLE masks, boxes."""
+        kept = non_maximum_suppression(all_boxes, all_scores, crops_nms_thresh)
+        rles = [all_masks[index] for index in kept.tolist()]
+        return [decode_rle(rle) for rle in rles], all_scores[kept], rles, all_boxes[kept]
+
+
+def image_to_tensor(image: Any, name: str) -> torch.Tensor:
+    """Turn one image into a tensor: -> (3, H, W), uint8, or float in 0..1 for a float tensor.
+
+    Raises:
+        ValueError: if it has not three channels, is empty, or holds floats outside 0..1.
+        FileNotFoundError, TypeError: as `open_image`.
+    """
+    if isinstance(image, np.ndarray):
+        tensor = torch.from_numpy(np.ascontiguousarray(image))
+    elif isinstance(image, torch.Tensor):
+        tensor = image
+    else:
+        return torch.from_numpy(np.array(_upright(image, name))).permute(2, 0, 1)
+    if tensor.ndim != 3 or 3 not in (tensor.shape[0], tensor.shape[2]):
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected three channels: (H, W, 3) or (3, H, W)")
+    channels_last = tensor.shape[2] == 3 and (tensor.shape[0] != 3 or isinstance(image, np.ndarray))
+    tensor = tensor.permute(2, 0, 1) if channels_last else tensor
+    if not tensor.numel():
+        raise ValueError(f"{name} is empty: {tensor.shape[2]} x {tensor.shape[1]} pixels")
+    return _checked_values(tensor, name)
+
+
+def _upright(image: Any, name: str) -> Image.Image:
+    """A PIL image is taken as it is shown, in the pixels of `image.size`; a file as its EXIF orientation says."""
+    if isinstance(image, Image.Image) and image.getexif().get(0x0112, 1) != 1:
+        image = Image.fromarray(np.asarray(image.convert("RGB")))
+    return open_image(image, name)
+
+
+def _checked_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
+    if tensor.dtype == torch.uint8:
+        return tensor
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} has dtype {tensor.dtype}, expected uint8, or floats in 0..1")
+    low, high = (float(value) for value in tensor.aminmax())
+    if not (low >= 0.0 and high <= 1.0):
+        raise ValueError(f"{name} holds floats from {low:g} to {high:g}, expected 0..1 (or uint8 in 0..255)")
+    return tensor
+
+
+def _as_list(images: Any) -> list[Any]:
+    if isinstance(images, (list, tuple)):
+        images = list(images)
+    elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
+        images = list(images)
+    else:
+        images = [images]
+    if not images:
+        raise ValueError("images is an empty list, expected at least one image")
+    return images
+
+
+def _square(size: int | dict[str, int]) -> dict[str, int]:
+    if isinstance(size, int):
+        size = {"height": size, "width": size}
+    size = {key: value for key, value in dict(size).items() if value is not None}
+    if sorted(size) != ["height", "width"] or not all(isinstance(side, int) and side > 0 for side in size.values()):
+        raise ValueError(f"size is {size}, expected a positive int or {{'height': int, 'width': int}}")
+    return size
+
+
+def _batch(images: list[torch.Tensor], original_sizes: list[tuple[int, int]], return_tensors: str | None):
+    reshaped_input_sizes = [tuple(image.shape[1:]) for image in images]
+    if return_tensors is None:
+        images = [image.numpy() for image in images]
+    elif len(set(reshaped_input_sizes)) > 1:
+        raise ValueError(f"images of sizes {reshaped_input_sizes} make no batch; leave do_resize on")
+    else:
+        images = torch.stack(images)
+    data = {"pixel_values": images, "original_sizes": original_sizes, "reshaped_input_sizes": reshaped_input_sizes}
+    if return_tensors == "np":
+        data["pixel_values"] = images.numpy()
+    return BatchFeature(data, tensor_type=return_tensors)
+
+
+def _to_lists(sizes: Any) -> list:
+    return sizes.tolist() if hasattr(sizes, "tolist") else list(sizes)
+
+
+def _resize_logits(logits: torch.Tensor, size: tuple[int, int], threshold: float | None) -> torch.Tensor:
+    """(Q, M, h, w) -> (Q, M, H, W), cut at `threshold` piece by piece so that few full-size floats exist at once."""
+    flat = logits.flatten(0, 1)
+    result = torch.empty(len(flat), *size, dtype=torch.float32 if threshold is None else torch.bool, device=flat.device)
+    for start in range(0, len(flat), MASKS_AT_ONCE):
+        piece = flat[start : start + MASKS_AT_ONCE, None].float()
+        piece = F.interpolate(piece, size=size, mode="bicubic", align_corners=False)[:, 0]
+        result[start : start + MASKS_AT_ONCE] = piece if threshold is None else piece >= threshold
+    return result.unflatten(0, logits.shape[:2])
+
+
+__all__ = ["EfficientSamImageProcessor"]

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts in pixels of the original images to prompts in model pixels, for EfficientSAM."""
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.image_processing_utils import BatchFeature
+from transformers.processing_utils import ProcessorMixin
+
+
+COORDINATE_KEYS = ("input_points", "input_boxes")
+
+
+class EfficientSamBatchFeature(BatchFeature):
+    """Model inputs whose coordinates stay float32 whatever dtype the batch is cast to: bfloat16 is pixels off."""
+
+    def to(self, *args, **kwargs) -> "EfficientSamBatchFeature":
+        coordinates = {key: self[key] for key in COORDINATE_KEYS if key in self}
+        super().to(*args, **kwargs)
+        for key, exact in coordinates.items():
+            if isinstance(exact, torch.Tensor):
+                self[key] = exact.to(self[key].device)
+        return self
+
+
+class EfficientSamProcessor(ProcessorMixin):
+    r"""
+    Prepares images and prompts for [`EfficientSamModel`] and brings its masks back to the images.
+
+    Args:
+        image_processor (`EfficientSamImageProcessor`):
+            Stretches the images.
+        background_points (`bool`, *optional*, defaults to `True`):
+            Whether the checkpoint knows points with label 0.
+        mask_prompts (`bool`, *optional*, defaults to `True`):
+            Whether it takes low-resolution logits as a prompt.
+        max_prompt_tokens (`int`, *optional*):
+            Largest number of prompt tokens of an object (a point is one, a box is two); `None` for any.
+    """
+
+    def __init__(
+        self,
+        image_processor,
+        background_points: bool = True,
+        mask_prompts: bool = True,
+        max_prompt_tokens: int | None = None,
+        **kwargs,
+    ):
+        super().__init__(image_processor, **kwargs)
+        self.background_points = background_points
+        self.mask_prompts = mask_prompts
+        self.max_prompt_tokens = max_prompt_tokens
+
+    @property
+    def model_input_names(self) -> list[str]:
+        prompts = ["input_points", "input_labels", "input_boxes", "input_masks"]
+        return self.image_processor.model_input_names + prompts
+
+    def __call__(
+        self,
+        images: Any = None,
+        input_points: Any = None,
+        input_labels: Any = None,
+        input_boxes: Any = None,
+        input_masks: Any = None,
+        original_sizes: Any = None,
+        return_tensors: str | None = None,
+        **kwargs,
+    ) -> BatchFeature:
+        r"""
+        Prepare images and prompts. Prompts are in pixels of the original images; images and objects may differ in
+        their numbers of objects and points, what is short is padded (label -1, box of four -1).
+
+        Args:
+            images:
+                What the image processor takes. Left out, prompts alone are prepared for images of `original_sizes`
+                whose embeddings are known already.
+            input_points:
+                Points as (x, y), nested (image, object, point, xy), or (image, point, xy) for one object an image; an
+                array, a tensor or nested lists, where `[]` is an object without points. A point on the border,
+                0 <= x <= W and 0 <= y <= H, is inside the image.
+            input_labels:
+                1 for the object, 0 for the background, nested as the points; all 1 when left out.
+            input_boxes:
+                Boxes (x0, y0, x1, y1), nested (image, object, xyxy); `None` in a list is an object without a box. A
+                box that reaches over the border is cut to the image: users drag them there.
+            input_masks:
+                Low-resolution logits of an earlier prediction, (B, Q, 1, h, w), or nested (image, object) with
+                `None` for an object without a mask.
+            original_sizes:
+                (height, width) of every image, when `images` is left out.
+            return_tensors:
+                "pt", "np" or None.
+            kwargs:
+                Arguments of the image processor.
+
+        Raises:
+            ValueError: if prompts are malformed, not finite, outside their image, or not known to this checkpoint; the
+                message names the image, the object and the value.
+            TypeError: on an unknown keyword argument.
+        """
+        if (images is None) == (original_sizes is None):
+            raise ValueError("expected exactly one of images and original_sizes")
+        encoding = {}
+        if images is not None:
+            encoding = dict(self.image_processor(images, return_tensors=return_tensors, **kwargs))
+            original_sizes = encoding["original_sizes"]
+        elif kwargs:
+            raise TypeError(f"unexpected keyword argument {sorted(kwargs)[0]!r} without images")
+        sizes = [tuple(int(side) for side in size) for size in original_sizes]
+        prompts = self._encode_prompts(sizes, input_points, input_labels, input_boxes, input_masks)
+        if return_tensors != "pt":
+            prompts = {key: value.numpy() for key, value in prompts.items()}
+        return EfficientSamBatchFeature({**encoding, **prompts}, tensor_type=return_tensors)
+
+    def _encode_prompts(self, sizes, input_points, input_labels, input_boxes, input_masks) -> dict[str, torch.Tensor]:
+        points, labels = parse_points(input_points, input_labels)
+        boxes = parse_boxes(input_boxes)
+        masks = parse_masks(input_masks, self._mask_size())
+        given = {"input_points": points, "input_boxes": boxes, "input_masks": masks}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if len(value) != len(sizes):
+                raise ValueError(f"{name} is for {len(value)} images, but there are {len(sizes)}")
+        for image in range(len(sizes)):
+            counts = {name: len(value[image]) for name, value in given.items()}
+            if len(set(counts.values())) > 1:
+                raise ValueError(f"image {image}: prompts disagree on the number of objects: {counts}")
+        if points is not None:
+            check_points(points, labels, sizes)
+        if boxes is not None:
+            boxes = clipped_boxes(boxes, sizes)
+        self._check_capabilities(points, labels, boxes, masks)
+        encoded = {}
+        if points is not None:
+            encoded["input_points"], encoded["input_labels"] = pad_points(points, labels, self._scales(sizes))
+        if boxes is not None:
+            encoded["input_boxes"] = pad_boxes(boxes, self._scales(sizes))
+        if masks is not None:
+            encoded["input_masks"] = pad_masks(masks, self._mask_size())
+        return encoded
+
+    def _mask_size(self) -> tuple[int, int]:
+        size = self.image_processor.size
+        return size["height"] // 4, size["width"] // 4
+
+    def _scales(self, sizes: list[tuple[int, int]]) -> list[tuple[float, float]]:
+        """Model pixels per original pixel, (x, y) of every image."""
+        target = self.image_processor.size
+        return [(target["width"] / width, target["height"] / height) for height, width in sizes]
+
+    def _check_capabilities(self, points, labels, boxes, masks) -> None:
+        if masks is not None and not self.mask_prompts:
+            raise ValueError("input_masks is given, but this checkpoint takes no mask prompts")
+        for image, objects in enumerate(labels or []):
+            for index, object_labels in enumerate(objects):
+                if 0 in object_labels and not self.background_points:
+                    raise ValueError(
+                        f"input_labels of image {image}, object {index} has a 0, but this checkpoint knows no "
+                        "background points"
+                    )
+        if self.max_prompt_tokens is None:
+            return
+        for image, objects in enumerate(points or boxes or []):
+            for index in range(len(objects)):
+                tokens = len(points[image][index]) if points is not None else 0
+                tokens += 2 if boxes is not None and boxes[image][index] is not None else 0
+                if tokens > self.max_prompt_tokens:
+                    raise ValueError(
+                        f"image {image}, object {index} has {tokens} prompt tokens, but this checkpoint takes at most "
+                        f"{self.max_prompt_tokens} (a point is one, a box is two)"
+                    )
+
+    def post_process_masks(self, *args, **kwargs) -> list[torch.Tensor]:
+        """Bring low-resolution logits to the original images; see the image processor."""
+        return self.image_processor.post_process_masks(*args, **kwargs)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays and tensors, also inside lists, to nested lists."""
+    if isinstance(value, (np.ndarray, torch.Tensor)):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _depth(value: Any) -> int:
+    """Levels of lists above the first number: 0 for a number, and the deepest list where there is none."""
+    if not isinstance(value, list):
+        return 0
+    return 1 + max((_depth(item) for item in value), default=0)
+
+
+def _numbers(values: Any, length: int, name: str, place: str) -> list[float]:
+    """Check that `values` are `length` finite numbers."""
+    fits = isinstance(values, list) and len(values) == length
+    if not fits or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
+        raise ValueError(f"{name} of {place}: {values} is not {length} finite numbers")
+    return [float(value) for value in values]
+
+
+def _objects_of(value: Any, name: str) -> list[list]:
+    if not isinstance(value, list) or not all(isinstance(objects, list) for objects in value):
+        raise ValueError(f"{name} must be nested (image, object, ...), got {value!r}")
+    return value
+
+
+def parse_points(input_points: Any, input_labels: Any) -> tuple[list | None, list | None]:
+    """Bring points and labels to nested lists: (image, object, point) of (x, y), and of 0 or 1.
+
+    Raises:
+        ValueError: if they are no such nesting of finite numbers, or labels do not fit the points.
+    """
+    if input_points is None:
+        if input_labels is not None:
+            raise ValueError("input_labels is given without input_points")
+        return None, None
+    points, labels = _plain(input_points), _plain(input_labels)
+    depth = _depth(points)
+    if depth == 3 and _has_numbers(points):  # one object an image
+        points = [[image_points] for image_points in points]
+        labels = None if labels is None else [[image_labels] for image_labels in labels]
+    elif depth > 4 or (depth < 3 and _has_numbers(points)):
+        raise ValueError(f"input_points is nested {depth} deep, expected (image, object, point, xy)")
+    parsed = []
+    for image, objects in enumerate(_objects_of(points, "input_points")):
+        parsed.append([])
+        for index, object_points in enumerate(objects):
+            place = f"image {image}, object {index}"
+            if not isinstance(object_points, list):
+                raise ValueError(f"input_points of {place}: {object_points!r} is not a list of points")
+            parsed[-1].append([_numbers(point, 2, "input_points", place) for point in object_points])
+    if labels is None:
+        return parsed, [[[1] * len(object_points) for object_points in objects] for objects in parsed]
+    _check_labels(parsed, labels)
+    return parsed, labels
+
+
+def _has_numbers(value: Any) -> bool:
+    return any(_has_numbers(item) for item in value) if isinstance(value, list) else True
+
+
+def _check_labels(points: list, labels: Any) -> None:
+    expected = [[len(object_points) for object_points in objects] for objects in points]
+    try:
+        found = [[len(object_labels) for object_labels in objects] for objects in labels]
+    except TypeError:
+        found = None
+    if found != expected:
+        raise ValueError(f"input_labels must be nested as the points: {expected} points an object, got {labels}")
+    for image, objects in enumerate(labels):
+        for index, object_labels in enumerate(objects):
+            for label in object_labels:
+                if isinstance(label, list) or label not in (0, 1):
+                    raise ValueError(
+                        f"input_labels of image {image}, object {index}: {label} is not 1 (object) or 0 (background)"
+                    )
+
+
+def check_points(points: list, labels: list, sizes: list[tuple[int, int]]) -> None:
+    """Raise ValueError on a point outside its image; the border, x = W or y = H, is inside."""
+    for image, (objects, (height, width)) in enumerate(zip(points, sizes, strict=True)):
+        for index, object_points in enumerate(objects):
+            for x, y in object_points:
+                if not (0 <= x <= width and 0 <= y <= height):
+                    raise ValueError(
+                        f"input_points of image {image}, object {index}: ({x:g}, {y:g}) is outside the image of "
+                        f"{width} x {height} pixels"
+                    )
+
+
+def parse_boxes(input_boxes: Any) -> list | None:
+    """Bring boxes to nested lists: (image, object) of (x0, y0, x1, y1) or None.
+
+    Raises:
+        ValueError: if they are no such nesting of finite numbers.
+    """
+    if input_boxes is None:
+        return None
+    parsed = []
+    for image, boxes in enumerate(_objects_of(_plain(input_boxes), "input_boxes")):
+        parsed.append([])
+        for index, box in enumerate(boxes):
+            place = f"image {image}, object {index}"
+            parsed[-1].append(None if box is None else _numbers(box, 4, "input_boxes", place))
+    return parsed
+
+
+def clipped_boxes(boxes: list, sizes: list[tuple[int, int]]) -> list:
+    """Cut boxes to their images; raise ValueError on one that is empty or lies outside."""
+    result = []
+    for image, (objects, (height, width)) in enumerate(zip(boxes, sizes, strict=True)):
+        result.append([])
+        for index, box in enumerate(objects):
+            if box is None:
+                result[-1].append(None)
+                continue
+            place = f"input_boxes of image {image}, object {index}"
+            x0, y0, x1, y1 = box
+            if x1 <= x0 or y1 <= y0:
+                raise ValueError(f"{place}: {box} is empty, expected x0 < x1 and y0 < y1")
+            if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
+                raise ValueError(f"{place}: {box} is outside the image of {width} x {height} pixels")
+            result[-1].append([max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))])
+    return result
+
+
+def parse_masks(input_masks: Any, size: tuple[int, int]) -> list | None:
+    """Bring mask prompts to nested lists: (image, object) of (h, w) float32 tensors or None.
+
+    Raises:
+        ValueError: if a mask has another size, or holds what is not finite.
+    """
+    if input_masks is None:
+        return None
+    parsed = []
+    for image, masks in enumerate(input_masks):
+        parsed.append([])
+        for index, mask in enumerate(masks):
+            if mask is None:
+                parsed[-1].append(None)
+                continue
+            mask = torch.as_tensor(mask, dtype=torch.float32)
+            mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
+            place = f"input_masks of image {image}, object {index}"
+            if tuple(mask.shape) != size:
+                raise ValueError(f"{place} has shape {tuple(mask.shape)}, expected low-resolution logits {size}")
+            if not torch.isfinite(mask).all():
+                raise ValueError(f"{place} holds values that are not finite")
+            parsed[-1].append(mask)
+    return parsed
+
+
+def pad_points(points: list, labels: list, scales: list[tuple[float, float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and pad: nested lists -> (B, Q, P, 2) float32 in model pixels, (B, Q, P) int64, padding -1."""
+    num_objects = max(len(objects) for objects in points)
+    num_points = max((len(object_points) for objects in points for object_points in objects), default=0)
+    padded = torch.full((len(points), num_objects, num_points, 2), -1.0)
+    padded_labels = torch.full((len(points), num_objects, num_points), -1, dtype=torch.long)
+    for image, objects in enumerate(points):
+        scale = torch.tensor(scales[image], dtype=torch.float64)
+        for index, object_points in enumerate(objects):
+            if object_points:
+                scaled = torch.tensor(object_points, dtype=torch.float64) * scale
+                padded[image, index, : len(object_points)] = scaled.float()
+                padded_labels[image, index, : len(object_points)] = torch.tensor(labels[image][index]).long()
+    return padded, padded_labels
+
+
+def pad_boxes(boxes: list, scales: list[tuple[float, float]]) -> torch.Tensor:
+    """Scale and pad: nested lists -> (B, Q, 4) float32 in model pixels, four times -1 where there is no box."""
+    padded = torch.full((len(boxes), max(len(objects) for objects in boxes), 4), -1.0)
+    for image, objects in enumerate(boxes):
+        scale = torch.tensor(scales[image] * 2, dtype=torch.float64)
+        for index, box in enumerate(objects):
+            if box is not None:
+                padded[image, index] = (torch.tensor(box, dtype=torch.float64) * scale).float()
+    return padded
+
+
+def pad_masks(masks: list, size: tuple[int, int]) -> torch.Tensor:
+    """Stack and pad: nested lists of (h, w) -> (B, Q, 1, h, w) float32, zeros where there is no mask."""
+    padded = torch.zeros(len(masks), max(len(objects) for objects in masks), 1, *size)
+    for image, objects in enumerate(masks):
+        for index, mask in enumerate(objects):
+            if mask is not None:
+                padded[image, index, 0] = mask
+    return padded
+
+
+__all__ = ["EfficientSamProcessor"]

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""COCO run-length encoding of masks, compressed and uncompressed, in numpy alone.
+
+Runs go down the columns and start with background. The compressed string is the one of the COCO API: from the third
+run on each run is stored as its difference to the run two before, in little-endian groups of five bits, one printable
+character each (bit 5: more follow; bit 4 of the last: the number is negative).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+
+FIRST_CHARACTER = 48
+MAX_GROUPS = 8  # 40 bits, more than any picture's pixel count needs
+
+
+def encode_rle(mask: np.ndarray) -> dict[str, Any]:
+    """Compress one mask, (H, W) bool -> {"size": [H, W], "counts": str}; `ValueError` if it is no mask."""
+    return {"size": list(np.shape(mask)), "counts": _counts_to_string(mask_to_counts(mask))}
+
+
+def decode_rle(rle: dict[str, Any]) -> np.ndarray:
+    """Expand {"size": [H, W], "counts": str, bytes or list of runs} -> (H, W) bool; `ValueError` if malformed."""
+    height, width = rle_size(rle)
+    counts = rle_counts(rle)
+    values = np.arange(len(counts)) % 2 == 1
+    return np.repeat(values, counts).reshape(width, height).T
+
+
+def rle_area(rle: dict[str, Any]) -> int:
+    """Number of pixels in the mask, without expanding it; `ValueError` if malformed."""
+    return int(rle_counts(rle)[1::2].sum())
+
+
+def rle_size(rle: dict[str, Any]) -> tuple[int, int]:
+    """Height and width of the mask; `ValueError` unless they are two positive whole numbers."""
+    if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
+        raise ValueError(f"an RLE mask must be a dict with 'size' and 'counts', got {_short(rle)}")
+    size = rle["size"]
+    whole = isinstance(size, (list, tuple)) and all(isinstance(n, (int, np.integer)) and n > 0 for n in size)
+    if not whole or len(size) != 2:
+        raise ValueError(f"RLE size must be [height, width], two positive whole numbers, got {_short(size)}")
+    return int(size[0]), int(size[1])
+
+
+def rle_counts(rle: dict[str, Any]) -> np.ndarray:
+    """Run lengths of an RLE mask, -> (R,) int64, background first; `ValueError` unless they fill the mask exactly."""
+    height, width = rle_size(rle)
+    counts = rle["counts"]
+    if isinstance(counts, (str, bytes)):
+        runs = _string_to_counts(counts)
+    else:
+        runs = _list_to_counts(counts)
+    if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
+        raise ValueError(
+            f"RLE counts must be runs that add up to {height} x {width} = {height * width} pixels,"
+            f" got {_short(runs.tolist())}"
+        )
+    return runs
+
+
+def mask_to_counts(mask: np.ndarray) -> np.ndarray:
+    """Run lengths down the columns, (H, W) bool -> (R,) int64, background first; `ValueError` if it is no mask."""
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or mask.size == 0:
+        raise ValueError(f"mask must have shape (height, width) with at least one pixel, got shape {mask.shape}")
+    if mask.dtype != bool:
+        if not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"mask must hold only 0 and 1, got {mask.dtype} from {mask.min()} to {mask.max()}")
+        mask = mask.astype(bool)
+    pixels = mask.T.reshape(-1)
+    changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
+    counts = np.diff(np.concatenate(([0], changes, [pixels.size])))
+    return np.concatenate(([0], counts)) if pixels[0] else counts
+
+
+def _counts_to_string(counts: np.ndarray) -> str:
+    """Pack run lengths into the COCO string, (R,) -> str."""
+    numbers = counts.copy()
+    numbers[3:] -= counts[1:-2]
+    shifts = 5 * np.arange(MAX_GROUPS)
+    groups = (numbers[:, None] >> shifts) & 31
+    rest = numbers[:, None] >> (shifts + 5)
+    more = np.where(groups & 16, rest != -1, rest != 0)
+    used = np.concatenate((np.ones((len(numbers), 1), bool), np.logical_and.accumulate(more, axis=1)[:, :-1]), axis=1)
+    characters = groups + 32 * more + FIRST_CHARACTER
+    return characters[used].astype(np.uint8).tobytes().decode("ascii")
+
+
+def _string_to_counts(text: str | bytes) -> np.ndarray:
+    """Unpack the COCO string, str -> (R,) int64; `ValueError` at a character or length that the format excludes."""
+    try:
+        data = text.encode("ascii") if isinstance(text, str) else text
+    except UnicodeEncodeError as error:
+        raise ValueError(f"RLE counts must be ASCII text, got {_short(text)}") from error
+    groups = np.frombuffer(data, np.uint8).astype(np.int64) - FIRST_CHARACTER
+    last = np.flatnonzero((groups & 32) == 0)
+    if groups.size == 0 or groups.min() < 0 or groups.max() > 63 or last.size == 0 or last[-1] != groups.size - 1:
+        raise ValueError(f"RLE counts are not a complete COCO string: {_short(text)}")
+    first = np.concatenate(([0], last[:-1] + 1))
+    lengths = last - first + 1
+    if lengths.max() > MAX_GROUPS:
+        raise ValueError(f"RLE counts hold a number of more than {5 * MAX_GROUPS} bits: {_short(text)}")
+    position = np.arange(groups.size) - np.repeat(first, lengths)
+    numbers = np.add.reduceat((groups & 31) << (5 * position), first)
+    numbers -= np.where(groups[last] & 16, 1 << (5 * lengths), 0)
+    numbers[1::2] = np.cumsum(numbers[1::2])
+    numbers[2::2] = np.cumsum(numbers[2::2])
+    return numbers
+
+
+def _list_to_counts(counts: Sequence[int]) -> np.ndarray:
+    """Check uncompressed runs, list of int -> (R,) int64; `ValueError` if they are not whole numbers."""
+    try:
+        runs = np.asarray(counts)
+    except ValueError as error:
+        raise ValueError(f"RLE counts must be a flat list of whole numbers, got {_short(counts)}") from error
+    if runs.ndim != 1 or runs.size == 0 or runs.dtype.kind not in "iu":
+        raise ValueError(f"RLE counts must be a string or a flat list of whole numbers, got {_short(counts)}")
+    return runs.astype(np.int64)
+
+
+def _short(value: Any) -> str:
+    """The start of a value's text, for error messages."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Exponential moving average of a module's parameters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class WeightAverage:
+    """Moving average of the trainable parameters in their own dtype, with a warm-up of the decay.
+
+    Update n uses min(decay, (1 + n) / (10 + n)), so that the random initial weights are forgotten quickly. With decay
+    0 the average is the parameters themselves and costs nothing.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.updates = 0
+        self.parameters = [p for p in module.parameters() if p.requires_grad] if decay > 0 else []
+        self.averages = [p.detach().clone() for p in self.parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the averages towards the current parameters."""
+        self.updates += 1
+        if self.averages:
+            decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+            torch._foreach_lerp_(self.averages, [p.detach() for p in self.parameters], 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside the block the module holds the averages; its own weights come back afterwards."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for parameter, average in zip(self.parameters, self.averages):
+            current = parameter.detach().clone()
+            parameter.copy_(average)
+            average.copy_(current)
+
+    def state_dict(self) -> dict:
+        return {"updates": self.updates, "averages": self.averages}
+
+    def load_state_dict(self, state: dict) -> None:
+        if len(state["averages"]) != len(self.averages):
+            raise ValueError(f"checkpoint averages {len(state['averages'])} parameters, this run {len(self.averages)}")
+        self.updates = state["updates"]
+        for average, saved in zip(self.averages, state["averages"]):
+            average.copy_(saved)

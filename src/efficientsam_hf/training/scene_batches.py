@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Generated scenes as training batches."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..data.scene_bank import SceneBank
+from ..data.scenes import render_scenes
+from .normalization import normalize
+from .schedule import Stage
+
+
+SIZE_LIMITS = (0.003, 0.01, 0.03, 0.1, 0.3)  # fractions of the image between which objects count as of like size
+
+
+@dataclass(frozen=True)
+class SceneBatches:
+    """Batches of scenes for one of `processes` processes; batch i depends on (seed, i, rank, stage) alone.
+
+    Scene numbers never repeat within a run: each batch owns a block of numbers as wide as the largest stage's batches
+    on all processes. With `workers` the scenes are rendered ahead in processes of one thread each, and else between
+    training steps, on the bank's device.
+    """
+
+    bank: SceneBank
+    stages: tuple[Stage, ...]
+    seed: int = 0
+    objects: int = 8
+    min_area: float = 0.0005
+    max_area: float = 0.9
+    rank: int = 0
+    processes: int = 1
+    workers: int = 0
+
+    def __call__(self, start: int, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
+        """Batches from number `start` on, without end."""
+        loader = DataLoader(
+            _SceneDataset(self, stage),
+            sampler=_CountingSampler(start),
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=2 if self.workers else None,
+        )
+        return iter(loader)
+
+    def batch(self, number: int, stage: Stage) -> dict[str, torch.Tensor]:
+        """Batch `number`: pixel_values (B, 3, H, W), masks (B, Q, H, W), object_mask (B, Q), seed ()."""
+        device = self.bank.device
+        width = max(stage.batch_size for stage in self.stages)
+        first = (number * self.processes + self.rank) * width
+        indices = torch.arange(first, first + stage.batch_size, device=device)
+        scenes = render_scenes(self.bank, indices, seed=self.seed, image_size=stage.image_size)
+        seed = mix_seed(self.seed, number * self.processes + self.rank)
+        generator = torch.Generator(device).manual_seed(seed)
+        objects, real = choose_objects(scenes.areas, self.objects, generator, self.min_area, self.max_area)
+        return {
+            "pixel_values": normalize(scenes.images),
+            "masks": scenes.masks(objects) & real[..., None, None],
+            "object_mask": real,
+            "seed": torch.tensor(mix_seed(seed, 1)),
+        }
+
+
+class _SceneDataset(Dataset):
+    def __init__(self, source: SceneBatches, stage: Stage):
+        self.source = source
+        self.stage = stage
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        return self.source.batch(number, self.stage)
+
+
+class _CountingSampler(Sampler):
+    """start, start + 1, ... without end."""
+
+    def __init__(self, start: int):
+        self.start = start
+
+    def __iter__(self) -> Iterator[int]:
+        number = self.start
+        while True:
+            yield number
+            number += 1
+
+
+def scene_samples(
+    count: int, seed: int, image_size: int, objects: int, min_area: float, max_area: float
+) -> list[dict[str, Any]]:
+    """The first `count` scenes of a seed as {"image": PIL RGB, "masks": (N, H, W) bool array}, for evaluation.
+
+    Up to `objects` objects each, drawn as in training; scenes without a fitting object are left out.
+    """
+    bank = SceneBank.build(seed=0, device="cpu")
+    samples = []
+    for index in range(count):
+        scene = render_scenes(bank, torch.tensor([index]), seed=seed, image_size=image_size)
+        generator = torch.Generator().manual_seed(mix_seed(seed, index))
+        chosen, real = choose_objects(scene.areas, objects, generator, min_area, max_area)
+        masks = scene.masks(chosen)[0][real[0]]
+        image = (scene.images[0] * 255).round().byte().permute(1, 2, 0).numpy()
+        if len(masks):
+            samples.append({"image": Image.fromarray(image), "masks": masks.numpy()})
+    return samples
+
+
+def choose_objects(
+    areas: torch.Tensor, count: int, generator: torch.Generator, min_area: float, max_area: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw up to `count` different objects per scene: areas (B, K) -> indices (B, count), which are real (B, count).
+
+    Objects are weighted against the number of objects of like size in their scene, so that a few large ones are drawn
+    as readily as many small ones. Where a scene has too few objects of fitting area the rest is padding, at the end.
+    """
+    usable = (areas >= min_area) & (areas <= max_area) & (areas > 0)
+    group = torch.bucketize(areas.contiguous(), torch.tensor(SIZE_LIMITS, device=areas.device))
+    alike = (group[:, :, None] == group[:, None, :]) & usable[:, None, :]
+    weight = 1.0 / alike.sum(-1).clamp(min=1)
+    # Adding Gumbel noise to log weights and taking the largest draws without replacement.
+    noise = torch.rand(areas.shape, generator=generator, device=areas.device).clamp(1e-9, 1 - 1e-7)
+    key = torch.where(usable, weight.log() - (-noise.log()).log(), -torch.inf)
+    missing = count - areas.shape[1]
+    if missing > 0:
+        key = torch.cat([key, key.new_full((len(key), missing), -torch.inf)], 1)
+    values, indices = key.topk(count, dim=1)
+    real = values > -torch.inf
+    return torch.where(real, indices, 0), real
+
+
+def mix_seed(seed: int, number: int) -> int:
+    """A 63-bit seed that differs for neighbouring pairs in every bit (splitmix64)."""
+    value = (seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & (2**64 - 1)
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
+    return (value ^ (value >> 31)) >> 1

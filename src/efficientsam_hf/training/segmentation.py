@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interactive segmentation as one differentiable forward: embed once, then rounds of simulated prompts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..data import prompts
+from .losses import area_targets, binary_targets, segmentation_losses
+from .pictures import prediction_sheet
+
+
+@dataclass(frozen=True)
+class PromptSampling:
+    """How prompts are simulated. The four kinds of first prompt are drawn per object by their weights."""
+
+    uniform: float = 0.35
+    center: float = 0.25
+    box: float = 0.3
+    box_and_point: float = 0.1
+    rounds: int = 2
+    corrected_objects: int | None = None
+    mask_prompts: float = 0.5
+
+    def __post_init__(self):
+        weights = (self.uniform, self.center, self.box, self.box_and_point)
+        if min(weights) < 0 or sum(weights) <= 0:
+            raise ValueError(f"weights of the first prompt must be >= 0 and not all 0, got {weights}")
+        if self.rounds < 1:
+            raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        if self.corrected_objects is not None and self.corrected_objects < 1:
+            raise ValueError(f"corrected_objects must be at least 1 or None, got {self.corrected_objects}")
+        if not 0 <= self.mask_prompts <= 1:
+            raise ValueError(f"mask_prompts is a probability, got {self.mask_prompts}")
+
+
+class InteractiveSegmentation(nn.Module):
+    """Model and losses of promptable segmentation; everything trainable runs in `forward`.
+
+    Round 1 prompts every object with a uniform click, a centre click, a noisy box, or box and click. Each further
+    round adds a click from the error region of the last answer (background clicks only if the model has them) and,
+    with probability `sampling.mask_prompts`, that answer's logits as mask prompt (if the model takes them), for the
+    first `sampling.corrected_objects` objects of an image. The number of prompt tokens is the same in every round.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        processor=None,
+        sampling: PromptSampling | None = None,
+        loss_weights: dict[str, float] | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.processor = processor
+        self.sampling = sampling or PromptSampling()
+        self.loss_weights = dict(loss_weights or {})
+        self.compiled: dict[str, object] = {}
+
+    def compile_parts(self, **options) -> None:
+        """Compile encoder, prompt decoder and losses with `torch.compile(**options)`; prompts stay eager."""
+        self.compiled = {
+            "embed": torch.compile(self.model.get_image_embeddings, **options),
+            "decode": torch.compile(self.model.decode_prompts, **options),
+            "losses": torch.compile(segmentation_losses, **options),
+        }
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Loss and detached metrics of one batch, all scalars.
+
+        `pixel_values` (B, 3, H, W) normalised, `masks` (B, Q, H, W) bool in the same frame, `object_mask` (B, Q) bool
+        with False for padding, `seed` () int64 that decides all prompts. Rounds count by the number of their objects.
+        """
+        generator = torch.Generator(batch["masks"].device).manual_seed(int(batch["seed"]))
+        embeddings = self._part("embed", self.model.get_image_embeddings)(batch["pixel_values"])
+        masks, object_mask = batch["masks"], batch["object_mask"]
+        targets, prompt = self._first_prompts(masks, object_mask, generator)
+        logits = scores = None
+        total, weight, metrics = 0.0, 0, {}
+        for number in range(1, self.sampling.rounds + 1):
+            if number > 1:
+                count = min(self.sampling.corrected_objects or masks.shape[1], masks.shape[1])
+                masks, object_mask, targets = masks[:, :count], object_mask[:, :count], targets[:, :count]
+                prompt = self._next_prompts(prompt, logits, scores, targets, masks, number - 1, generator)
+            logits, scores, _ = self._part("decode", self.model.decode_prompts)(embeddings, **prompt)
+            losses = self._part("losses", segmentation_losses)(
+                logits, scores, targets, object_mask, **self.loss_weights
+            )
+            total, weight = total + losses["loss"] * masks.shape[1], weight + masks.shape[1]
+            metrics |= {name if number == 1 else f"{name}_{number}": v.detach() for name, v in losses.items()}
+        return metrics | {"loss": total / weight}
+
+    def _part(self, name: str, default):
+        return self.compiled.get(name, default)
+
+    @torch.no_grad()
+    def _first_prompts(self, masks, object_mask, generator):
+        """Targets (B, Q, h, w) at the logits' resolution, a quarter of the masks', and the prompts of round 1."""
+        height, width = masks.shape[-2:]
+        targets = area_targets(masks, (height // 4, width // 4))
+        cells = binary_targets(targets)
+        s = self.sampling
+        weights = torch.tensor([s.uniform, s.center, s.box, s.box_and_point], device=masks.device)
+        shares = (weights / weights.sum()).cumsum(0)
+        draw = torch.rand(object_mask.shape, generator=generator, device=masks.device)
+        kind = (draw[..., None] >= shares[:-1]).sum(-1)
+
+        clicks = torch.where(
+            (kind == 1)[..., None], prompts.center_points(cells), prompts.uniform_points(cells, generator)
+        )
+        labels = torch.where(object_mask & (kind != 2), 1, -1)
+        clicks = prompts.points_in_cells(clicks, torch.ones_like(labels), masks, 4, generator)
+        boxes = prompts.jitter_boxes(prompts.tight_boxes(masks), (height, width), generator)
+        boxes = torch.where((object_mask & (kind >= 2))[..., None], boxes, -1.0)
+        return targets, {
+            "input_points": _pad(clicks[:, :, None], s.rounds, 0.0),
+            "input_labels": _pad(labels[:, :, None], s.rounds, -1),
+            "input_boxes": boxes,
+        }
+
+    @torch.no_grad()
+    def _next_prompts(self, prompt, logits, scores, targets, masks, slot: int, generator):
+        """Prompts of the next round for the first objects: the earlier ones, a correcting click in `slot`, a mask."""
+        config = self.model.config.prompt_encoder_config
+        count = masks.shape[1]
+        answer = best_of_three(logits[:, :count], scores[:, :count])
+        cells = binary_targets(targets)
+        clicks, labels = prompts.error_points(answer >= 0, cells, generator, background=config.background_points)
+        clicks = prompts.points_in_cells(clicks, labels, masks, 4, generator)
+        points, point_labels = prompt["input_points"][:, :count].clone(), prompt["input_labels"][:, :count].clone()
+        real = targets.flatten(-2).any(-1)
+        points[:, :, slot], point_labels[:, :, slot] = clicks, torch.where(real, labels, -1)
+        result = {
+            "input_points": points,
+            "input_labels": point_labels,
+            "input_boxes": prompt["input_boxes"][:, :count],
+        }
+        if config.mask_prompts and self.sampling.mask_prompts > 0:
+            draw = torch.rand(labels.shape, generator=generator, device=labels.device)
+            given = draw < self.sampling.mask_prompts
+            result["input_masks"] = torch.where(given[..., None, None], answer.float(), 0.0)[:, :, None]
+        return result
+
+    @torch.no_grad()
+    def predict(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Low-resolution answer to the first prompts, of the three the one scored highest: (B, Q, h, w) logits."""
+        generator = torch.Generator(batch["masks"].device).manual_seed(int(batch["seed"]))
+        _, prompt = self._first_prompts(batch["masks"], batch["object_mask"], generator)
+        embeddings = self.model.get_image_embeddings(batch["pixel_values"])
+        logits, scores, _ = self.model.decode_prompts(embeddings, **prompt)
+        return best_of_three(logits, scores), prompt
+
+    def picture(self, batch: dict[str, torch.Tensor]) -> Image.Image:
+        """A few images of the batch with masks and prompts beside the answers to these prompts."""
+        logits, prompt = self.predict(batch)
+        return prediction_sheet(batch, logits, prompt)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model, and the processor if there is one, as one `from_pretrained` folder."""
+        self.model.save_pretrained(folder)
+        if self.processor is not None:
+            self.processor.save_pretrained(folder)
+
+
+def best_of_three(logits: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """Of mask tokens 1 to 3 the one with the highest score: (B, Q, 4, h, w), (B, Q, 4) -> (B, Q, h, w)."""
+    index = scores[..., 1:].argmax(-1) + 1
+    return logits.take_along_dim(index[..., None, None, None], 2)[:, :, 0]
+
+
+def _pad(values: torch.Tensor, length: int, fill: float) -> torch.Tensor:
+    """(B, Q, 1, ...) -> (B, Q, length, ...), the new slots filled."""
+    shape = (*values.shape[:2], length - 1, *values.shape[3:])
+    return torch.cat([values, values.new_full(shape, fill)], 2)

@@ -1,0 +1,363 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: it knows batches and losses, and nothing about images, masks or prompts."""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, send_to_device
+from torch import nn
+from tqdm.auto import tqdm
+
+from .arguments import TrainerArguments
+from .checkpoints import (
+    PARTIAL,
+    STATE_FILE,
+    checkpoint_step,
+    list_checkpoints,
+    prune_checkpoints,
+    replace_folder,
+    write_folder,
+    write_json,
+)
+from .ema import WeightAverage
+from .run_folder import RunLog, open_run
+from .schedule import Due, Stage, learning_rate_factor, run_progress, stage_at
+
+
+Batch = dict[str, torch.Tensor]
+
+
+class Trainer:
+    """Trains a module until its steps or its minutes are used up, and leaves RUN/model behind.
+
+    `module(batch)` returns {"loss": scalar, ...other scalars to log}; `module.save_pretrained(folder)` writes what the
+    run is for. Optional are `module.compile_parts()` and `module.picture(batch) -> PIL image`.
+    `batches(start, stage)` yields the batches of this process from number `start` on, at the stage's image size; it is
+    called again where a stage begins and on resume, so batch i may depend on i and the stage alone.
+    `evaluate(module)` returns numbers by name; it runs in the main process with averaged weights, under no_grad.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        batches: Callable[[int, Stage], Iterator[Batch]],
+        arguments: TrainerArguments,
+        evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    ):
+        self.arguments = arguments
+        if arguments.num_threads:
+            torch.set_num_threads(arguments.num_threads)
+        self.accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=arguments.cpu)
+        if self.accelerator.is_main_process:
+            open_run(arguments)
+        self.accelerator.wait_for_everyone()
+        self.run = Path(arguments.output_dir)
+        self.log = RunLog(self.run / "log.jsonl", active=self.accelerator.is_main_process)
+        self.batches = batches
+        self.evaluate = evaluate
+        self.stages = arguments.stages()
+        self.module, self.optimizer = self.accelerator.prepare(
+            module, make_optimizer(module, arguments, fused=self.accelerator.device.type in ("cpu", "cuda"))
+        )
+        if arguments.compile and hasattr(self.plain_module, "compile_parts"):
+            self.plain_module.compile_parts(dynamic=False)
+        self.average = WeightAverage(self.plain_module, arguments.ema_decay)
+        self.accelerator.register_for_checkpointing(self.average)
+        self.step = self.images = self.nonfinite = 0
+        self.elapsed_before = 0.0
+        self.best: dict[str, Any] | None = None
+        self.stop_signal: int | None = None
+
+    @property
+    def plain_module(self) -> nn.Module:
+        """The module as it was given, without the wrappers of distributed training."""
+        return self.accelerator.unwrap_model(self.module)
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, over all sessions of this run."""
+        return self.elapsed_before + time.monotonic() - self.started
+
+    def progress(self) -> float:
+        """Fraction of the run that is over; with a time budget all processes hear it from the main one."""
+        limit = self.arguments
+        value = run_progress(self.step, limit.max_steps, self.elapsed(), limit.max_minutes)
+        if limit.max_minutes and self.accelerator.num_processes > 1:
+            value = broadcast_object_list([value])[0]
+        return value
+
+    def train(self) -> dict[str, Any]:
+        """Run to the end or to SIGTERM / SIGINT; the summary's "interrupted" names the signal or is None."""
+        self.started = time.monotonic()
+        if self.arguments.resume:
+            self._resume()
+        self.log("start", step=self.step, elapsed=self.elapsed())
+        self._set_up_periods()
+        progress = self.progress()
+        with self._signals_stop_the_loop(), self._progress_bar(progress) as bar:
+            self.module.train()
+            while progress < 1 and not self._stopping():
+                self._train_step(progress)
+                progress = self.progress()
+                self._after_step(bar, progress)
+        return self._finish(progress)
+
+    def _set_up_periods(self) -> None:
+        a, now = self.arguments, self.elapsed()
+        self.checkpoint_due = Due(a.checkpoint_every, a.checkpoint_minutes, now)
+        self.evaluation_due = Due(a.evaluate_every, a.evaluate_minutes, now)
+        self.picture_due = Due(a.picture_every, None, now)
+        self.stage: Stage | None = None
+        self.window: list[Batch] = []
+        self.window_images, self.window_start = 0, now
+        self.images_before, self.train_start = self.images, now
+        self.saved_step = self.step if self.step else None
+
+    # One step
+
+    def _train_step(self, progress: float) -> None:
+        a = self.arguments
+        factor = learning_rate_factor(a.schedule, self.step, a.warmup_steps, progress, a.final_learning_rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = a.learning_rate * factor * group.get("lr_scale", 1.0)
+        metrics = []
+        for number in range(a.gradient_accumulation):
+            batch = self._next_batch(progress, number)
+            last = number == a.gradient_accumulation - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.module):
+                output = self.module(batch)
+                self.accelerator.backward(output["loss"] / a.gradient_accumulation)
+            metrics.append({name: value.detach() for name, value in output.items()})
+        self.last_batch = batch
+        self._update(metrics)
+
+    def _next_batch(self, progress: float, number: int) -> Batch:
+        stage = stage_at(self.stages, progress) if number == 0 else self.stage
+        if stage != self.stage:
+            self.stage = stage
+            self.iterator = iter(self.batches(self.step * self.arguments.gradient_accumulation, stage))
+            self.log("stage", step=self.step, image_size=stage.image_size, batch_size=stage.batch_size)
+        batch = next(self.iterator, None)
+        if batch is None:
+            raise ValueError(f"batches ended at step {self.step}, before the run did; they must go on for ever")
+        count = stage.batch_size * self.accelerator.num_processes
+        self.images += count
+        self.window_images += count
+        return send_to_device(batch, self.accelerator.device, non_blocking=True)
+
+    def _update(self, metrics: list[Batch]) -> None:
+        """Clip and step; a gradient that is not finite changes nothing, and too many in a row end the run."""
+        limit = self.arguments.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
+        norm = torch.as_tensor(norm).detach()
+        finite = bool(torch.isfinite(norm))
+        if finite or self.accelerator.scaler is not None:  # fp16: the scaler skips the step and lowers its scale
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if finite:
+            self.nonfinite = 0
+            self.average.update()
+            self.window.append(
+                {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]} | {"grad_norm": norm}
+            )
+            return
+        self.nonfinite += 1
+        self.log("nonfinite", step=self.step, in_a_row=self.nonfinite)
+        if self.nonfinite >= self.arguments.max_nonfinite:
+            raise RuntimeError(
+                f"loss or gradient was not finite for {self.nonfinite} steps in a row, up to step {self.step}; the "
+                f"last good checkpoint is in {self.run / 'checkpoints'}. A lower learning_rate may help, or "
+                "mixed_precision no"
+            )
+
+    # After a step
+
+    def _after_step(self, bar: tqdm, progress: float) -> None:
+        if self.step % self.arguments.log_every == 0 or progress >= 1:
+            self._log_window(bar, progress)
+        if self.picture_due(self.step, self.elapsed()):
+            self._save_picture()
+        if self._agree(self.evaluation_due(self.step, self.elapsed())) and progress < 1:
+            self._evaluate()
+        if self._agree(self.checkpoint_due(self.step, self.elapsed())):
+            self._save()
+
+    def _agree(self, due: bool) -> bool:
+        """What is due by the clock is due in every process when it is in the main one."""
+        return broadcast_object_list([due])[0] if self.accelerator.num_processes > 1 else due
+
+    def _log_window(self, bar: tqdm, progress: float) -> None:
+        now = self.elapsed()
+        speed = self.window_images / max(now - self.window_start, 1e-9)
+        means = {}
+        if self.window:
+            names = self.window[0]
+            means = {name: torch.stack([row[name].float() for row in self.window]).mean().item() for name in names}
+        rate = self.optimizer.param_groups[0]["lr"]
+        self.log(
+            "train", step=self.step, progress=progress, elapsed=now, images=self.images, images_per_s=speed,
+            learning_rate=rate, image_size=self.stage.image_size, **means,
+        )  # fmt: skip
+        shown = {name: f"{means[name]:.3f}" for name in ("loss", "miou") if name in means}
+        bar.set_postfix(step=self.step, **shown, **{"images/s": f"{speed:.1f}"}, refresh=False)
+        bar.n = progress
+        bar.refresh()
+        self.window, self.window_images, self.window_start = [], 0, now
+
+    @contextmanager
+    def _averaged(self) -> Iterator[nn.Module]:
+        """The plain module in evaluation mode with averaged weights; training goes on as if nothing had happened."""
+        module = self.plain_module
+        module.eval()
+        with torch.random.fork_rng(), torch.no_grad(), self.average.applied(), self.accelerator.autocast():
+            yield module
+        module.train()
+
+    def _evaluate(self) -> None:
+        if self.evaluate is None:
+            return
+        metrics: dict[str, float] = {}
+        if self.accelerator.is_main_process:
+            begin = time.monotonic()
+            with self._averaged() as module:
+                metrics = self.evaluate(module)
+            self.log("evaluation", step=self.step, seconds=time.monotonic() - begin, **metrics)
+        self._keep_if_best(metrics)
+        self.accelerator.wait_for_everyone()
+
+    def _keep_if_best(self, metrics: dict[str, float]) -> None:
+        value = metrics.get(self.arguments.best_metric)
+        if metrics and value is None:
+            raise ValueError(f"best_metric {self.arguments.best_metric!r} is none of {', '.join(metrics)}")
+        better = value is not None and (self.best is None or value > self.best["value"])
+        if better:
+            self.best = {"step": self.step, "metric": self.arguments.best_metric, "value": value}
+        if self._agree(better):
+            self._save()
+
+    def _save_picture(self) -> None:
+        if not (self.accelerator.is_main_process and hasattr(self.plain_module, "picture")):
+            return
+        with self._averaged() as module:
+            picture = module.picture(self.last_batch)
+        folder = self.run / "pictures"
+        folder.mkdir(exist_ok=True)
+        partial = folder / f"{PARTIAL}{self.step}.png"
+        picture.save(partial)
+        partial.replace(folder / f"step_{self.step:06d}.png")
+
+    # Saving and resuming
+
+    def _save(self) -> None:
+        """Write checkpoints/step_N and refresh model/; every process takes part, the main one moves it into place."""
+        if self.saved_step == self.step:
+            return
+        folder = self.run / "checkpoints" / f"step_{self.step}"
+        partial = folder.with_name(PARTIAL + folder.name)
+        self.accelerator.save_state(str(partial), safe_serialization=True)
+        if self.accelerator.is_main_process:
+            state = {
+                "step": self.step, "images": self.images, "elapsed": self.elapsed(), "best": self.best,
+                "nonfinite": self.nonfinite, "processes": self.accelerator.num_processes,
+            }  # fmt: skip
+            write_json(partial / STATE_FILE, state)
+            replace_folder(partial, folder)
+            prune_checkpoints(self.run, self.arguments.keep_checkpoints, self.best and self.best["step"])
+            self._export()
+            self.log("checkpoint", step=self.step, elapsed=self.elapsed(), folder=str(folder))
+        self.saved_step = self.step
+        self.accelerator.wait_for_everyone()
+
+    def _export(self) -> None:
+        with self._averaged() as module:
+            write_folder(self.run / "model", module.save_pretrained)
+
+    def _resume(self) -> None:
+        """Load the last complete checkpoint, if the run got that far."""
+        checkpoints = list_checkpoints(self.run)
+        if not checkpoints:
+            self.log("resume", step=0, note="no checkpoint yet, from the beginning")
+            return
+        folder = checkpoints[-1]
+        state = json.loads((folder / STATE_FILE).read_text())
+        if state["processes"] != self.accelerator.num_processes:
+            raise ValueError(
+                f"resume: {folder} was written by {state['processes']} processes, not {self.accelerator.num_processes}"
+            )
+        self.accelerator.load_state(str(folder))
+        self.step, self.images, self.nonfinite = checkpoint_step(folder), state["images"], state["nonfinite"]
+        self.elapsed_before, self.best = state["elapsed"], state["best"]
+        self.log("resume", step=self.step, elapsed=self.elapsed_before, folder=str(folder))
+
+    def _finish(self, progress: float) -> dict[str, Any]:
+        train_seconds = self.elapsed() - self.train_start
+        if progress >= 1:
+            self._evaluate()
+        self._save()
+        if self.accelerator.is_main_process and not (self.run / "model").is_dir():
+            self._export()
+        summary = {
+            "steps": self.step,
+            "images": self.images,
+            "minutes": self.elapsed() / 60,
+            "images_per_s": (self.images - self.images_before) / max(train_seconds, 1e-9),
+            "best": self.best,
+            "interrupted": signal.Signals(self.stop_signal).name if self.stop_signal else None,
+        }
+        self.log("end", **summary)
+        if self.accelerator.is_main_process:
+            write_json(self.run / "run.json", summary)
+        self.accelerator.wait_for_everyone()
+        return summary
+
+    # Around the loop
+
+    def _stopping(self) -> bool:
+        return self._agree(self.stop_signal is not None)
+
+    @contextmanager
+    def _signals_stop_the_loop(self) -> Iterator[None]:
+        """SIGTERM and SIGINT end the loop after the current step, so that a checkpoint is written."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def note(number: int, frame: Any) -> None:
+            if self.stop_signal is not None:  # a second signal does not wait
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.stop_signal = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _progress_bar(self, progress: float) -> tqdm:
+        layout = "{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}"
+        hidden = not self.accelerator.is_main_process
+        return tqdm(total=1.0, initial=progress, bar_format=layout, disable=hidden, dynamic_ncols=True)
+
+
+def make_optimizer(module: nn.Module, arguments: TrainerArguments, fused: bool) -> torch.optim.Optimizer:
+    """AdamW over the trainable parameters; those with one dimension (biases, norms) are not decayed."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("module has no trainable parameter")
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": arguments.weight_decay},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    betas = (arguments.adam_beta1, arguments.adam_beta2)
+    return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, fused=fused)

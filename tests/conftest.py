@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test file shares: the folder beside the checkout, a photo, a fixed number of threads and seed."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+
+# No test may reach for the Hub; set before huggingface_hub is imported, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Reductions are split by thread, so their last bits depend on the count: fix it for every machine.
+    torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Models built without a checkpoint draw their weights from torch's global generator."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder `shared` beside the checkout (reference answers, photos, data sets); skips where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip(f"needs the folder {folder}, which holds reference data and is not part of the project")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photo() -> Image.Image:
+    """Chelsea the cat (CC0, ships with scikit-image): an RGB photo of 451 x 300 pixels."""
+    skimage_data = pytest.importorskip("skimage.data")
+    with Image.open(Path(skimage_data.data_dir) / "chelsea.png") as image:
+        return image.convert("RGB")

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scripts in examples/ run as their first line says."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def photo_path(photo: Image.Image, tmp_path: Path) -> Path:
+    photo.save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def example(root: Path, name: str, *arguments: str | Path) -> str:
+    """Standard output of a script in examples/; fails with what it wrote to standard error."""
+    command = [sys.executable, root / "examples" / name, *arguments]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+def test_segment_photo(root: Path, photo_path: Path, tmp_path: Path) -> None:
+    printed = example(root, "segment_photo.py", photo_path, "230", "120", tmp_path / "mask.png")
+    assert "predicted IoU" in printed
+    with Image.open(tmp_path / "mask.png") as mask, Image.open(photo_path) as image:
+        assert mask.size == image.size
+        assert 0 < np.asarray(mask, dtype=bool).mean() < 1
+
+
+def test_correct_mask(root: Path, photo_path: Path) -> None:
+    lines = example(root, "correct_mask.py", photo_path, "230", "120", "30", "30").splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["one click", "corrected"]
+    assert lines[0].partition(":")[2] != lines[1].partition(":")[2], "the correction changed nothing"

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training module on a tiny model: what it asks the model, what it trains, what it depends on."""
+
+import pytest
+import torch
+
+from efficientsam_hf import EfficientSamConfig, EfficientSamModel
+from efficientsam_hf.data.scene_bank import SceneBank
+from efficientsam_hf.training.attention import use_matrix_products
+from efficientsam_hf.training.normalization import denormalize, normalize
+from efficientsam_hf.training.scene_batches import SceneBatches, choose_objects
+from efficientsam_hf.training.schedule import Stage
+from efficientsam_hf.training.segmentation import InteractiveSegmentation, PromptSampling
+
+
+def tiny_model(**prompt_encoder) -> EfficientSamModel:
+    torch.manual_seed(0)
+    config = EfficientSamConfig(
+        vision_config={
+            "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_channels": 16,
+            "image_size": 64,
+        },
+        prompt_encoder_config={"hidden_size": 16, "mask_input_channels": 16, **prompt_encoder},
+        mask_decoder_config={
+            "hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16,
+        },
+    )  # fmt: skip
+    return EfficientSamModel(config)
+
+
+def example_batch(seed: int = 3) -> dict[str, torch.Tensor]:
+    """Two images of 64 pixels with three rectangles; the last one of the second image is padding."""
+    masks = torch.zeros(2, 3, 64, 64, dtype=torch.bool)
+    for index, (left, top, right, bottom) in enumerate([(4, 8, 30, 40), (33, 2, 60, 20), (1, 44, 63, 47)]):
+        masks[:, index, top:bottom, left:right] = True
+    object_mask = torch.ones(2, 3, dtype=torch.bool)
+    object_mask[1, 2] = False
+    masks[1, 2] = False
+    pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels, "masks": masks, "object_mask": object_mask, "seed": torch.tensor(seed)}
+
+
+class Recorder:
+    """Stands where the prompt decoder does and notes its prompts."""
+
+    def __init__(self, model: EfficientSamModel):
+        self.calls: list[dict[str, torch.Tensor]] = []
+        self.decode = model.decode_prompts
+        model.decode_prompts = self
+
+    def __call__(self, embeddings, **prompt):
+        self.calls.append(prompt)
+        return self.decode(embeddings, **prompt)
+
+
+def record(sampling: PromptSampling, **prompt_encoder) -> list[dict[str, torch.Tensor]]:
+    model = tiny_model(**prompt_encoder)
+    recorder = Recorder(model)
+    module = InteractiveSegmentation(model, sampling=sampling)
+    for seed in range(20):
+        module(example_batch(seed))
+    return recorder.calls
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    module = InteractiveSegmentation(tiny_model(), sampling=PromptSampling(rounds=3, mask_prompts=0.5))
+    for seed in range(4):
+        module(example_batch(seed))["loss"].backward()
+    still = [name for name, p in module.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    # Padding is masked out, so its embedding is never used; the CLS slot of the table belongs to pretraining.
+    assert still == ["model.prompt_encoder.padding_embed.weight"]
+
+
+def test_prompts_depend_on_the_seed_alone() -> None:
+    module = InteractiveSegmentation(tiny_model())
+    first = module(example_batch(1))
+    torch.rand(3)
+    again, other = module(example_batch(1)), module(example_batch(2))
+    assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
+    assert first["loss"] != other["loss"]
+
+
+@pytest.mark.parametrize("kind", ["uniform", "center", "box", "box_and_point"])
+def test_first_prompts_of_each_kind(kind) -> None:
+    weights = dict.fromkeys(("uniform", "center", "box", "box_and_point"), 0.0) | {kind: 1.0}
+    batch = example_batch()
+    real, masks = batch["object_mask"], batch["masks"]
+    for call in record(PromptSampling(**weights, rounds=1)):
+        points, labels, boxes = (
+            call["input_points"][:, :, 0].long(),
+            call["input_labels"][:, :, 0],
+            call["input_boxes"],
+        )
+        assert call["input_points"].shape == (2, 3, 1, 2) and "input_masks" not in call
+        assert (labels[real] == (-1 if kind == "box" else 1)).all() and (labels[~real] == -1).all()
+        assert ((boxes != -1).any(-1) == (real & torch.tensor(kind in ("box", "box_and_point")))).all()
+        inside = masks.flatten(2).gather(2, (points[..., 1:] * 64 + points[..., :1]))[..., 0]
+        assert inside[real].all()
+        if kind == "center":
+            assert (call["input_points"][0, 0, 0] - torch.tensor([17.0, 24.0])).abs().max() <= 4
+
+
+def test_rounds_keep_prompts_and_add_corrections() -> None:
+    calls = record(PromptSampling(rounds=3, corrected_objects=2, mask_prompts=1.0))
+    masks = example_batch()["masks"]
+    seen = set()
+    for first, second, third in zip(calls[::3], calls[1::3], calls[2::3], strict=True):
+        assert [call["input_points"].shape[1:3] for call in (first, second, third)] == [(3, 3), (2, 3), (2, 3)]
+        for before, after, slot in ((first, second, 1), (second, third, 2)):
+            assert torch.equal(before["input_points"][:, :2, :slot], after["input_points"][:, :, :slot])
+            assert torch.equal(before["input_boxes"][:, :2], after["input_boxes"])
+            assert (before["input_labels"][:, :2, slot] == -1).all()
+            points, labels = after["input_points"][:, :, slot].long(), after["input_labels"][:, :, slot]
+            inside = masks[:, :2].flatten(2).gather(2, points[..., 1:] * 64 + points[..., :1])[..., 0]
+            assert torch.equal(inside.long(), labels)
+            assert after["input_masks"].shape == (2, 2, 1, 16, 16) and (after["input_masks"] != 0).any()
+            assert not after["input_masks"].requires_grad
+            seen |= set(labels.flatten().tolist())
+    assert seen == {0, 1}
+
+
+def test_switched_off_prompts_are_not_given() -> None:
+    calls = record(PromptSampling(rounds=3, mask_prompts=1.0), background_points=False, mask_prompts=False)
+    assert all("input_masks" not in call and not (call["input_labels"] == 0).any() for call in calls)
+
+
+def test_padding_objects_change_nothing() -> None:
+    module = InteractiveSegmentation(tiny_model(), sampling=PromptSampling(rounds=1, uniform=0, center=1, box=0))
+    batch = example_batch()
+    loss = module(batch)["loss"]
+    changed = batch | {"masks": batch["masks"].clone()}
+    changed["masks"][1, 2] = True  # what stands in a padding slot is of no account
+    torch.testing.assert_close(module(changed)["loss"], loss)
+
+
+def test_training_overfits_two_images() -> None:
+    model = tiny_model()
+    use_matrix_products(model)
+    module = InteractiveSegmentation(model, sampling=PromptSampling(rounds=1))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=5e-3)
+    losses = []
+    for seed in range(60):
+        loss = module(example_batch(seed % 5))["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_matrix_products_give_the_same_answers(dtype, tmp_path) -> None:
+    module = InteractiveSegmentation(tiny_model().to(dtype), sampling=PromptSampling(rounds=1))
+    batch = example_batch() | {"pixel_values": example_batch()["pixel_values"].to(dtype)}
+    expected, _ = module.predict(batch)
+    use_matrix_products(module.model)
+    actual, _ = module.predict(batch)
+    torch.testing.assert_close(actual, expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0.0)
+    module.save_pretrained(tmp_path)
+    assert "matrix_products" not in (tmp_path / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rounds", 0), ("corrected_objects", 0), ("mask_prompts", 1.5), ("uniform", -1.0)]
+)
+def test_bad_sampling_is_named(field, value) -> None:
+    with pytest.raises(ValueError, match="first prompt" if field == "uniform" else field):
+        PromptSampling(**{field: value})
+
+
+def test_normalize_and_back() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    torch.testing.assert_close(denormalize(normalize(images)), images)
+
+
+def test_chosen_objects_are_real_distinct_and_balanced() -> None:
+    areas = torch.zeros(400, 12)
+    areas[:, :8], areas[:, 8], areas[:, 9] = 0.02, 0.2, 0.95  # eight alike, one large, one too large, two unused
+    indices, real = choose_objects(areas, 2, torch.Generator().manual_seed(0), 0.001, 0.9)
+    assert real.all() and (indices[:, 0] != indices[:, 1]).all() and indices.max() == 8
+    assert (indices == 8).any(1).float().mean() > 0.5  # drawn without weights it would be 2 / 9
+    few = torch.tensor([[0.1, 0.0, 0.3]])
+    indices, real = choose_objects(few, 5, torch.Generator().manual_seed(0), 0.001, 0.9)
+    assert real.tolist() == [[True, True, False, False, False]]
+    assert set(indices[0, :2].tolist()) == {0, 2}
+
+
+@pytest.fixture(scope="module")
+def bank() -> SceneBank:
+    return SceneBank.build()
+
+
+def test_scene_batches_depend_on_their_number(bank) -> None:
+    stage = Stage(0.0, 64, 2)
+    source = SceneBatches(bank, (stage,), seed=1, objects=3)
+    iterator = source(0, stage)
+    _, second = next(iterator), next(iterator)
+    again = next(source(1, stage))
+    ahead = next(SceneBatches(bank, (stage,), seed=1, objects=3, workers=1)(1, stage))
+    for name, value in second.items():
+        assert torch.equal(value, again[name]) and torch.equal(value, ahead[name])
+    assert second["masks"].shape == (2, 3, 64, 64) and second["pixel_values"].shape == (2, 3, 64, 64)
+    assert torch.equal(second["masks"].flatten(2).any(-1), second["object_mask"])
+
+
+def test_scenes_are_split_between_processes_without_overlap(bank) -> None:
+    stages = (Stage(0.0, 64, 4), Stage(0.5, 64, 2))
+    images = []
+    for stage, number in ((stages[0], 0), (stages[0], 1), (stages[1], 2)):
+        for rank in range(2):
+            source = SceneBatches(bank, stages, rank=rank, processes=2, objects=1)
+            images += list(source.batch(number, stage)["pixel_values"])
+    assert len(images) == 20
+    assert len({image.numpy().tobytes() for image in images}) == 20

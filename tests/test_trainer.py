@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop on a module of a few numbers: schedule, resume, interruption, logging, errors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from efficientsam_hf.training.arguments import FinetuneArguments, TrainerArguments, build_arguments, read_recipe
+from efficientsam_hf.training.checkpoints import list_checkpoints, write_folder
+from efficientsam_hf.training.ema import WeightAverage
+from efficientsam_hf.training.run_folder import open_run
+from efficientsam_hf.training.schedule import (
+    Due,
+    Stage,
+    learning_rate_factor,
+    parse_stages,
+    run_progress,
+    stage_at,
+)
+from efficientsam_hf.training.trainer import Trainer
+
+
+class Line(nn.Module):
+    """Learns y = Wx + b, with dropout, so that the state of torch's own generator matters too."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.poison = False
+
+    def forward(self, batch):
+        predicted = self.linear(nn.functional.dropout(batch["x"], 0.1, self.training))
+        loss = (predicted - batch["y"]).square().mean()
+        return {"loss": loss * (torch.nan if self.poison else 1.0), "error": loss.detach().sqrt()}
+
+    def save_pretrained(self, folder):
+        torch.save(self.state_dict(), Path(folder) / "weights.pt")
+
+
+def batches(start: int, stage: Stage, delay: float = 0.0) -> Iterator[dict[str, torch.Tensor]]:
+    number = start
+    while True:
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(stage.batch_size, 4, generator=generator)
+        yield {"x": x, "y": x[:, :2] * 2 + 1}
+        time.sleep(delay)
+        number += 1
+
+
+def make_arguments(folder: Path, **changes) -> TrainerArguments:
+    defaults = {
+        "output_dir": str(folder), "max_steps": 20, "batch_size": 4, "image_sizes": "0:32,0.5:64", "warmup_steps": 3,
+        "mixed_precision": "no", "cpu": True, "log_every": 4, "checkpoint_every": 5, "keep_checkpoints": 2,
+        "learning_rate": 0.05, "ema_decay": 0.9,
+    }  # fmt: skip
+    return TrainerArguments(**(defaults | changes))
+
+
+def train(folder: Path, evaluate=None, source=batches, **changes) -> dict:
+    torch.manual_seed(0)
+    return Trainer(Line(), source, make_arguments(folder, **changes), evaluate).train()
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "weights.pt", weights_only=True)
+
+
+def log(folder: Path, event: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == event]
+
+
+def stop_after(count: int):
+    """Batches that end the process's part of the run as SIGTERM would, while batch `count` is being made."""
+
+    def source(start: int, stage: Stage):
+        for number, batch in enumerate(batches(start, stage), start):
+            if number == count:
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    return source
+
+
+def test_run_leaves_its_folder(tmp_path) -> None:
+    summary = train(tmp_path / "run")
+    run = tmp_path / "run"
+    assert summary["steps"] == 20 and summary["images"] == 10 * 4 + 10 * 1 and summary["interrupted"] is None
+    assert [path.name for path in list_checkpoints(run)] == ["step_15", "step_20"]
+    assert {path.name for path in run.iterdir()} == {"args.json", "log.jsonl", "run.json", "checkpoints", "model"}
+    record = json.loads((run / "args.json").read_text())
+    assert record["arguments"]["learning_rate"] == 0.05 and record["machine"]["cores"] >= 1
+    assert record["versions"]["torch"] == torch.__version__ and record["command"]
+    losses = [line["loss"] for line in log(run, "train")]
+    assert len(losses) == 5 and losses[-1] < 0.5 * losses[0]
+    assert [line["image_size"] for line in log(run, "stage")] == [32, 64]
+
+
+@pytest.mark.parametrize("stop", [3, 9, 16])
+def test_resumed_run_ends_with_the_same_bits(tmp_path, stop) -> None:
+    train(tmp_path / "whole")
+    summary = train(tmp_path / "parts", source=stop_after(stop))
+    assert summary["interrupted"] == "SIGTERM" and summary["steps"] == stop + 1
+    train(tmp_path / "parts", resume=True)
+    for name, value in weights(tmp_path / "whole" / "model").items():
+        assert torch.equal(value, weights(tmp_path / "parts" / "model")[name])
+    final = [torch.load(tmp_path / run / "checkpoints/step_20/optimizer.bin") for run in ("whole", "parts")]
+    for before, after in zip(final[0]["state"].values(), final[1]["state"].values(), strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_other_data_gives_other_bits(tmp_path) -> None:
+    """The comparison above can fail: a resumed run that repeats a batch ends elsewhere."""
+    train(tmp_path / "whole")
+    train(tmp_path / "shifted", source=lambda start, stage: batches(start + 1, stage))
+    first, second = (weights(tmp_path / run / "model")["linear.weight"] for run in ("whole", "shifted"))
+    assert not torch.equal(first, second)
+
+
+SCRIPT = """
+import sys
+from test_trainer import batches, make_arguments, train
+from functools import partial
+slowly = partial(batches, delay=0.05)
+train(sys.argv[1], source=slowly, max_steps=60, checkpoint_every=1, resume=sys.argv[2] == "resume")
+"""
+
+
+def test_killed_run_resumes_with_the_same_bits(tmp_path) -> None:
+    """SIGKILL at a moment that nothing prepares for, most likely inside a step or a checkpoint."""
+    run = tmp_path / "killed"
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
+    command = [sys.executable, "-c", SCRIPT, str(run)]
+    process = subprocess.Popen([*command, "start"], env=environment, stderr=subprocess.DEVNULL)
+    while process.poll() is None and len(list_checkpoints(run)) < 2:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    subprocess.run([*command, "resume"], env=environment, check=True, stderr=subprocess.DEVNULL)
+    train(tmp_path / "whole", max_steps=60)
+    expected = weights(tmp_path / "whole" / "model")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(run / "model").items())
+    assert log(run, "resume")[0]["step"] >= 2
+    assert not [path for path in (run / "checkpoints").iterdir() if not path.name.startswith("step_")]
+
+
+def test_accumulation_equals_a_larger_batch(tmp_path) -> None:
+    def quarters(start, stage):
+        for number in range(start, 10**9):
+            whole = next(batches(number // 4, Stage(0.0, 32, 8)))
+            part = slice(number % 4 * 2, number % 4 * 2 + 2)
+            yield {name: value[part] for name, value in whole.items()}
+
+    def without_dropout(source, folder, **changes):
+        torch.manual_seed(0)
+        arguments = make_arguments(folder, image_sizes="32", max_steps=6, **changes)
+        Trainer(NoDropout(), source, arguments).train()
+        return weights(folder / "model")
+
+    class NoDropout(Line):
+        def forward(self, batch):
+            loss = (self.linear(batch["x"]) - batch["y"]).square().mean()
+            return {"loss": loss}
+
+    large = without_dropout(batches, tmp_path / "large", batch_size=8)
+    parts = without_dropout(quarters, tmp_path / "parts", batch_size=2, gradient_accumulation=4)
+    for name, value in large.items():
+        torch.testing.assert_close(value, parts[name], atol=1e-5, rtol=1e-5)
+    assert log(tmp_path / "large", "end")[0]["images"] == log(tmp_path / "parts", "end")[0]["images"] == 48
+
+
+def test_wall_clock_budget_ends_the_run_and_survives_resume(tmp_path) -> None:
+    def slow(start, stage):
+        return batches(start, stage, delay=0.05)
+
+    minutes = 1.0 / 60
+    summary = train(tmp_path / "run", source=slow, max_steps=None, max_minutes=minutes, log_every=1)
+    lines = log(tmp_path / "run", "train")
+    assert 0 < summary["steps"] < 25 and lines[-1]["progress"] == 1
+    assert lines[-1]["learning_rate"] < 0.2 * max(line["learning_rate"] for line in lines)
+    again = train(tmp_path / "run", source=slow, max_steps=None, max_minutes=minutes, resume=True)
+    assert again["steps"] == summary["steps"]  # its time was used up already
+
+
+def test_evaluation_sees_averaged_weights_and_keeps_the_best(tmp_path) -> None:
+    values = iter([0.1, 0.9, 0.3, 0.2])
+    seen = []
+
+    def evaluate(module):
+        torch.rand(7)  # must not disturb the training
+        assert not module.training and not torch.is_grad_enabled()
+        seen.append(module.linear.weight.clone())
+        return {"miou": next(values)}
+
+    summary = train(tmp_path / "run", evaluate, evaluate_every=5, checkpoint_every=4, keep_checkpoints=1)
+    assert summary["best"] == {"step": 10, "metric": "miou", "value": 0.9}
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_10", "step_20"]
+    train(tmp_path / "quiet")
+    final = weights(tmp_path / "run" / "model")
+    assert torch.equal(final["linear.weight"], weights(tmp_path / "quiet" / "model")["linear.weight"])
+    assert torch.equal(seen[-1], final["linear.weight"])
+    raw = torch.load(tmp_path / "run/checkpoints/step_20/optimizer.bin")
+    assert len(raw["param_groups"]) == 2
+
+
+def test_missing_best_metric_is_named(tmp_path) -> None:
+    with pytest.raises(ValueError, match="best_metric 'miou' is none of box"):
+        train(tmp_path / "run", lambda module: {"box": 1.0}, evaluate_every=2)
+
+
+def test_nonfinite_loss_stops_the_run_and_changes_nothing(tmp_path) -> None:
+    module = Line()
+    module.poison = True
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises(RuntimeError, match="not finite for 3 steps in a row"):
+        Trainer(module, batches, make_arguments(tmp_path / "run", max_nonfinite=3)).train()
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_picture_is_written(tmp_path) -> None:
+    from PIL import Image
+
+    class Painter(Line):
+        def picture(self, batch):
+            return Image.new("RGB", (8, 8))
+
+    Trainer(Painter(), batches, make_arguments(tmp_path / "run", picture_every=10)).train()
+    assert [path.name for path in sorted((tmp_path / "run/pictures").iterdir())] == [
+        "step_000010.png",
+        "step_000020.png",
+    ]
+
+
+def test_run_folders_are_not_overwritten(tmp_path) -> None:
+    open_run(make_arguments(tmp_path / "run"))
+    with pytest.raises(ValueError, match="already holds a run"):
+        open_run(make_arguments(tmp_path / "run"))
+    with pytest.raises(ValueError, match="learning_rate was 0.05 and is 0.1"):
+        open_run(make_arguments(tmp_path / "run", resume=True, learning_rate=0.1))
+    assert open_run(make_arguments(tmp_path / "run", resume=True, log_every=1)) == tmp_path / "run"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="no run folder"):
+        open_run(make_arguments(tmp_path / "other"))
+
+
+def test_folders_are_written_whole_or_not_at_all(tmp_path) -> None:
+    target = tmp_path / "model"
+    write_folder(target, lambda folder: (folder / "a").write_text("1"))
+
+    def fail(folder):
+        (folder / "a").write_text("2")
+        raise OSError("no room left")
+
+    with pytest.raises(OSError, match="no room"):
+        write_folder(target, fail)
+    assert (target / "a").read_text() == "1" and list(tmp_path.iterdir()) == [target]
+
+
+def test_average_follows_its_formula_and_comes_and_goes() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    average = WeightAverage(module, decay=0.5)
+    expected = module.weight.item()
+    for value in (1.0, 2.0, 4.0):
+        module.weight.data.fill_(value)
+        average.update()
+        decay = min(0.5, (1 + average.updates) / (10 + average.updates))
+        expected = decay * expected + (1 - decay) * value
+    with average.applied():
+        assert module.weight.item() == pytest.approx(expected)
+    assert module.weight.item() == 4.0
+
+
+def test_stages() -> None:
+    stages = parse_stages("0:256,0.5:512,0.9:1024x2", 16)
+    assert stages == (Stage(0.0, 256, 16), Stage(0.5, 512, 4), Stage(0.9, 1024, 2))
+    assert [stage_at(stages, progress).image_size for progress in (0, 0.49, 0.5, 1.0)] == [256, 256, 512, 1024]
+    assert parse_stages("64", 3) == (Stage(0.0, 64, 3),)
+
+
+@pytest.mark.parametrize("text", ["", "abc", "0.5:256", "0:256,0:512", "0:250", "0:256,1.0:512", "256x", "0:256x0"])
+def test_bad_stages_are_named(text) -> None:
+    with pytest.raises(ValueError, match="image_sizes"):
+        parse_stages(text, 4)
+
+
+def test_schedules() -> None:
+    assert run_progress(10, 100, 30.0, 1.0) == 0.5 and run_progress(80, 100, 30.0, None) == 0.8
+    assert run_progress(0, None, 90.0, 1.0) == 1.0
+    assert learning_rate_factor("cosine", 0, 10, 0.0, 0.0) == pytest.approx(0.1)
+    assert learning_rate_factor("cosine", 99, 10, 0.5, 0.0) == pytest.approx(0.5)
+    assert learning_rate_factor("linear", 99, 10, 1.0, 0.1) == pytest.approx(0.1)
+    assert learning_rate_factor("constant", 99, 0, 0.7, 0.0) == 1
+
+
+def test_due() -> None:
+    due = Due(3, 1.0)
+    assert [due(step, elapsed) for step, elapsed in ((1, 10), (2, 60), (3, 70), (4, 125), (5, 130))] == [
+        False, True, True, False, True,
+    ]  # fmt: skip
+    assert not any(Due(None, None)(step, 1e6) for step in range(5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_dir": ""}, "output_dir"),
+        ({"max_steps": None}, "max_steps or max_minutes"),
+        ({"schedule": "step"}, "schedule must be one of cosine, linear, constant, got 'step'"),
+        ({"learning_rate": -1.0}, "learning_rate must be greater than 0, got -1.0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+        ({"ema_decay": 1.0}, "ema_decay"),
+        ({"image_sizes": "100"}, "image_sizes"),
+    ],
+)
+def test_bad_arguments_are_named(tmp_path, changes, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_arguments(tmp_path, **changes)
+
+
+def test_recipes_are_valid_and_flags_win() -> None:
+    for name in ("smoke", "scenes_cpu", "scenes_gpu"):
+        arguments = build_arguments(FinetuneArguments, read_recipe(name), {"output_dir": "x", "learning_rate": 0.5})
+        assert arguments.train_scenes and arguments.learning_rate == 0.5
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ({"learning_rat": 1}, "unknown names learning_rat"),
+        ({"max_steps": "many"}, "max_steps must be of type int, got 'many'"),
+        ({"max_steps": 1.5}, "max_steps must be of type int"),
+        ({"train_scenes": "yes"}, "train_scenes must be of type bool"),
+    ],
+)
+def test_bad_recipes_are_named(recipe, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_arguments(FinetuneArguments, {"output_dir": "x", "max_steps": 1, "train_scenes": True} | recipe, {})
+
+
+def test_recipe_values_are_read_as_their_fields_type() -> None:
+    recipe = {"output_dir": "x", "max_steps": 1e3, "train_scenes": True, "learning_rate": "4e-4", "image_sizes": 256}
+    arguments = build_arguments(FinetuneArguments, recipe, {})
+    assert (arguments.max_steps, arguments.learning_rate, arguments.image_sizes) == (1000, 4e-4, "256")
+
+
+def test_unknown_recipe_lists_the_known(tmp_path) -> None:
+    with pytest.raises(ValueError, match="smoke"):
+        read_recipe("smoek")
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ValueError, match="mapping"):
+        read_recipe(str(tmp_path / "list.yaml"))
+
+
+def test_transformers_parser_reads_the_arguments() -> None:
+    from transformers import HfArgumentParser
+
+    flags = ["--output_dir", "x", "--max_minutes", "2.5", "--train_scenes", "--schedule", "linear"]
+    (arguments,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses(flags)
+    assert arguments.max_minutes == 2.5 and arguments.train_scenes and arguments.schedule == "linear"
