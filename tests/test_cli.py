@@ -23,7 +23,7 @@ import efficientsam_hf.cli.evaluate as evaluate_command
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
 from efficientsam_hf.cli import main
 from efficientsam_hf.cli.segment import ObjectPrompt, group_prompts, mask_to_logits
-from efficientsam_hf.rle import decode_rle, encode_rle
+from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle
 
 
 WIDTH, HEIGHT = 60, 40

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from efficientsam_hf.data.coco import CocoSamples, rasterize_polygons
-from efficientsam_hf.rle import encode_rle
+from efficientsam_hf.models.rle_efficientsam import encode_rle
 
 
 # pycocotools' compiled part still speaks the array protocol of numpy 1.

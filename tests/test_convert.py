@@ -50,8 +50,14 @@ def released_state(width: int = 192) -> dict[str, torch.Tensor]:
             released = released.replace(".attention.", ".attn.")
         else:
             released = released.replace(".layer_norm", ".norm")
-            for part in ("mlp", "output_hypernetworks_mlps.0", "output_hypernetworks_mlps.1",
-                         "output_hypernetworks_mlps.2", "output_hypernetworks_mlps.3", "iou_prediction_head"):
+            for part in (
+                "mlp",
+                "output_hypernetworks_mlps.0",
+                "output_hypernetworks_mlps.1",
+                "output_hypernetworks_mlps.2",
+                "output_hypernetworks_mlps.3",
+                "iou_prediction_head",
+            ):
                 for index in (0, 1):
                     released = released.replace(f"{part}.layers.{index}.", f"{part}.layers.{index}.0.")
         state[released] = value

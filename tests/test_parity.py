@@ -101,7 +101,9 @@ def test_image_embeddings(embeddings: torch.Tensor, golden: dict[str, np.ndarray
 def test_masks_of_one_image(case, model, processor, embeddings, golden) -> None:
     points, labels = golden[f"{case}.points"], golden[f"{case}.labels"]
     limit = 6 if case == "eight_points_cut_to_six" else None
-    inputs = processor(original_sizes=[(300, 533)], return_tensors="pt", **prompts_of(points[:, :limit], labels[:, :limit]))
+    inputs = processor(
+        original_sizes=[(300, 533)], return_tensors="pt", **prompts_of(points[:, :limit], labels[:, :limit])
+    )
     with torch.no_grad():
         multi = model(image_embeddings=embeddings[:1], **inputs)
         single = model(image_embeddings=embeddings[:1], multimask_output=False, **inputs)

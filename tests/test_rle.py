@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from efficientsam_hf.rle import decode_rle, encode_rle, rle_area
+from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle, rle_area
 
 
 # pycocotools' compiled part still speaks the array protocol of numpy 1.

@@ -160,6 +160,21 @@ def test_matrix_products_give_the_same_answers(dtype, tmp_path) -> None:
     assert "matrix_products" not in (tmp_path / "config.json").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch compiles with its own old API
+def test_compiled_parts_give_the_same_loss_and_gradients() -> None:
+    results = []
+    for compiled in (False, True):
+        module = InteractiveSegmentation(tiny_model(), sampling=PromptSampling(rounds=2, corrected_objects=2))
+        if compiled:
+            module.compile_parts()
+        loss = module(example_batch())["loss"]
+        loss.backward()
+        results.append((loss, module.model.neck.conv1.weight.grad))
+    for eager, fused in zip(*results, strict=True):
+        torch.testing.assert_close(fused, eager, atol=1e-4, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("rounds", 0), ("corrected_objects", 0), ("mask_prompts", 1.5), ("uniform", -1.0)]
 )

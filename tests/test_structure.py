@@ -18,7 +18,6 @@ MODULE_IDS = [path.relative_to(SOURCE).as_posix() for path in MODULES]
 LEVELS = {
     "models": 0,
     "metrics": 1,
-    "rle": 1,
     "visualization": 1,
     "data": 2,
     "training": 3,

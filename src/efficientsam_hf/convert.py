@@ -27,7 +27,10 @@ RENAMES = [
     (r"^image_encoder\.neck\.1\.", "neck.layer_norm1."),
     (r"^image_encoder\.neck\.2\.", "neck.conv2."),
     (r"^image_encoder\.neck\.3\.", "neck.layer_norm2."),
-    (r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$", "prompt_encoder.positional_encoding.gaussian_matrix"),
+    (
+        r"^prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix$",
+        "prompt_encoder.positional_encoding.gaussian_matrix",
+    ),
     (r"^prompt_encoder\.invalid_points\.", "prompt_encoder.padding_embed."),
     (r"^prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
     (r"^mask_decoder\.transformer\.layers\.(\d+)\.norm(\d)\.", r"mask_decoder.transformer.layers.\1.layer_norm\2."),
@@ -88,7 +91,7 @@ def read_released_checkpoint(source: Path) -> dict[str, torch.Tensor]:
         content = torch.load(_open_checkpoint(source), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"source {str(source)!r} holds more than tensors, or is damaged; code in it was not run ({_first_line(error)})"
+            f"source {str(source)!r} holds more than tensors, or is damaged; no code in it ran ({_first_line(error)})"
         ) from None
     except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
         raise ValueError(f"source {str(source)!r} is truncated or not a checkpoint ({_first_line(error)})") from None

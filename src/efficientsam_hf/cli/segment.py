@@ -2,12 +2,10 @@
 """`efficientsam segment`: clicks and boxes on one picture become masks."""
 
 import argparse
-import http.client
 import io
 import json
 import math
 import sys
-import urllib.request
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..rle import encode_rle
+from ..models.rle_efficientsam import encode_rle
 from ..visualization import draw_labels, draw_masks, draw_prompts, label_anchors, object_color
 from .loading import add_model_options, load_model
 from .output import check_writable, write_png, write_text
@@ -43,7 +41,6 @@ examples:
   efficientsam segment dog.jpg --box 90,60,410,350 --background 400,300 -o out
   efficientsam segment https://example.org/street.jpg --point 40,80 --point 300,90 --each-point -o out
   cat dog.jpg | efficientsam segment - --point 250,180 -o out"""
-DOWNLOAD_SECONDS = 30
 MASK_PROMPT_LOGIT = 6.0  # about two standard deviations of the logits that the model itself answers with
 
 
@@ -169,24 +166,12 @@ def read_image(source: str) -> Image.Image:
     """Open a path, a URL or `-` (standard input) as an upright RGB picture; raises as `open_image` does."""
     from ..models.image_processing_efficientsam import open_image
 
-    if source.startswith(("http://", "https://")):
-        return open_image(io.BytesIO(_download(source)), source)
     if source != "-":
         return open_image(source)
     data = sys.stdin.buffer.read()
     if not data:
         raise ValueError("standard input is empty: pipe a picture into the command")
     return open_image(io.BytesIO(data), "standard input")
-
-
-def _download(url: str) -> bytes:
-    """Fetch a URL; `OSError` that names it and the reason."""
-    request = urllib.request.Request(url, headers={"User-Agent": "efficientsam-hf"})
-    try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
-            return response.read()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise OSError(f"cannot download {url}: {error}") from error
 
 
 def read_mask_prompt(path: str, size: tuple[int, int]) -> Image.Image:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..models.image_processing_efficientsam import open_image
-from ..rle import decode_rle, rle_size
+from ..models.rle_efficientsam import decode_rle, rle_size
 
 
 class CocoSamples:

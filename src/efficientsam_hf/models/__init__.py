@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that a Hub repository needs to run on its own: `save_pretrained` copies these files flat beside weights."""
+"""All that a Hub repository needs to run on its own: `save_pretrained` copies these files flat beside the weights."""
 
 from transformers import AutoBackbone, AutoConfig, AutoModel, AutoModelForMaskGeneration, AutoProcessor
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 
 from .configuration_efficientsam import EfficientSamConfig, EfficientSamVisionConfig
 from .image_processing_efficientsam import EfficientSamImageProcessor
-from .modeling_efficientsam import EfficientSamBackbone, EfficientSamModel, EfficientSamVisionModel
+from .modeling_efficientsam import EfficientSamModel
+from .modeling_efficientsam_vision import EfficientSamBackbone, EfficientSamVisionModel
 from .processing_efficientsam import EfficientSamProcessor
 
 

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images to model pixels and masks back to the image, for EfficientSAM."""
 
+import http.client
+import io
 import os
+import urllib.request
 from typing import Any
 
 import numpy as np
@@ -9,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, load_image
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .mask_generation_efficientsam import (
     crop_boxes_of_layers,
@@ -23,6 +26,7 @@ from .mask_generation_efficientsam import (
 from .rle_efficientsam import decode_rle, mask_to_counts
 
 
+DOWNLOAD_SECONDS = 30
 MASKS_AT_ONCE = 16  # full-size float32 masks in memory while the logits of a batch are resized
 
 
@@ -34,38 +38,49 @@ def open_image(source: Any, name: str = "image") -> Image.Image:
         name: what error messages call it.
 
     Raises:
-        FileNotFoundError: if the path does not exist.
+        OSError: if the path or URL cannot be read (FileNotFoundError, PermissionError, ...).
         ValueError: if it is no picture, is truncated, is larger than Pillow's safety limit or has more than 8 bits.
         TypeError: if `source` is something else.
     """
-    if isinstance(source, str) and source.startswith(("http://", "https://")):
-        return load_image(source, timeout=30.0)
     shown = f"{name} {str(source)!r}" if isinstance(source, (str, os.PathLike)) else name
+    if isinstance(source, Image.Image):
+        return _upright_rgb(source, shown)
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = io.BytesIO(_download(source))
+    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
+        raise TypeError(f"{name} is a {type(source).__name__}, expected a path, a URL or a PIL image")
     try:
-        if isinstance(source, Image.Image):
-            image = source
-        elif isinstance(source, (str, os.PathLike)) or hasattr(source, "read"):
-            image = Image.open(source)
-        else:
-            raise TypeError(f"{name} is a {type(source).__name__}, expected a path, a URL or a PIL image")
-        _check_image_size(image, shown)
-        image.load()
+        with Image.open(source) as image:
+            return _upright_rgb(image, shown)
     except FileNotFoundError:
         raise FileNotFoundError(f"{shown} does not exist") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise type(error)(f"{shown} cannot be read: {error.strerror}") from None
     except UnidentifiedImageError:
         raise ValueError(f"{shown} is not a picture that Pillow can read") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{shown} is larger than Pillow's safety limit: {error}") from None
     except (OSError, SyntaxError) as error:
         raise ValueError(f"{shown} is damaged or truncated: {error}") from None
+
+
+def _upright_rgb(image: Image.Image, shown: str) -> Image.Image:
+    if not image.width or not image.height:
+        raise ValueError(f"{shown} is empty: {image.width} x {image.height} pixels")
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"{shown} has mode {image.mode}, expected 8 bits a channel: scale its values to 0..255 first")
+    image.load()
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def _check_image_size(image: Image.Image, shown: str) -> None:
-    if not image.width or not image.height:
-        raise ValueError(f"{shown} is empty: {image.width} x {image.height} pixels")
+def _download(url: str) -> bytes:
+    """Fetch a URL; OSError that names it and the reason."""
+    request = urllib.request.Request(url, headers={"User-Agent": "efficientsam-hf"})
+    try:
+        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
+            return response.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise OSError(f"cannot download {url}: {error}") from error
 
 
 class EfficientSamImageProcessor(BaseImageProcessor):
@@ -318,12 +333,8 @@ def _checked_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
 
 
 def _as_list(images: Any) -> list[Any]:
-    if isinstance(images, (list, tuple)):
-        images = list(images)
-    elif isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4:
-        images = list(images)
-    else:
-        images = [images]
+    is_batch = isinstance(images, (np.ndarray, torch.Tensor)) and images.ndim == 4
+    images = list(images) if is_batch or isinstance(images, (list, tuple)) else [images]
     if not images:
         raise ValueError("images is an empty list, expected at least one image")
     return images
@@ -359,7 +370,9 @@ def _to_lists(sizes: Any) -> list:
 def _resize_logits(logits: torch.Tensor, size: tuple[int, int], threshold: float | None) -> torch.Tensor:
     """(Q, M, h, w) -> (Q, M, H, W), cut at `threshold` piece by piece so that few full-size floats exist at once."""
     flat = logits.flatten(0, 1)
-    result = torch.empty(len(flat), *size, dtype=torch.float32 if threshold is None else torch.bool, device=flat.device)
+    result = torch.empty(
+        len(flat), *size, dtype=torch.float32 if threshold is None else torch.bool, device=flat.device
+    )
     for start in range(0, len(flat), MASKS_AT_ONCE):
         piece = flat[start : start + MASKS_AT_ONCE, None].float()
         piece = F.interpolate(piece, size=size, mode="bicubic", align_corners=False)[:, 0]

@@ -61,7 +61,12 @@ class InteractiveSegmentation(nn.Module):
         self.compiled: dict[str, object] = {}
 
     def compile_parts(self, **options) -> None:
-        """Compile encoder, prompt decoder and losses with `torch.compile(**options)`; prompts stay eager."""
+        """Compile encoder, prompt decoder and losses with `torch.compile(**options)`; prompts stay eager.
+
+        Shapes are fixed within a stage and a round, so each is compiled for itself: kernels for dynamic shapes, which
+        torch would turn to at the second round, are slower.
+        """
+        options = {"dynamic": False, **options}
         self.compiled = {
             "embed": torch.compile(self.model.get_image_embeddings, **options),
             "decode": torch.compile(self.model.decode_prompts, **options),
