@@ -300,7 +300,7 @@ def image_to_tensor(image: Any, name: str) -> torch.Tensor:
         FileNotFoundError, TypeError: as `open_image`.
     """
     if isinstance(image, np.ndarray):
-        tensor = torch.from_numpy(np.ascontiguousarray(image))
+        tensor = torch.from_numpy(np.require(image, requirements="CW"))
     elif isinstance(image, torch.Tensor):
         tensor = image
     else:

@@ -237,9 +237,9 @@ class EfficientSamAttention(nn.Module):
         else:
             query = query.expand(-1, num_objects, -1, -1)
         mask = None
-        if key_mask is not None:  # (B, Q, S) -> (B * Q, 1, 1, S), added to the attention scores
+        if key_mask is not None:  # (B, Q, S) -> (B * Q, 1, L, S), added to the attention scores
             mask = torch.zeros_like(key_mask, dtype=query.dtype).masked_fill(~key_mask, torch.finfo(query.dtype).min)
-            mask = mask.flatten(0, 1)[:, None, None]
+            mask = mask.flatten(0, 1)[:, None, None].expand(-1, -1, length, -1)  # flex attention does not broadcast
         attended, weights = self._interface()(
             self,
             self._split_heads(query),
@@ -346,6 +346,7 @@ class EfficientSamMaskDecoder(EfficientSamPreTrainedModel):
     """Image and prompts to masks with predicted IoU."""
 
     config: EfficientSamMaskDecoderConfig
+    _can_record_outputs = {"mask_decoder_attentions": OutputRecorder(EfficientSamAttention, index=1)}
 
     def __init__(self, config: EfficientSamMaskDecoderConfig):
         super().__init__(config)
@@ -536,6 +537,10 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
             raise ValueError("no prompt: expected at least one of input_points, input_boxes and input_masks")
         vision_outputs = None
         if pixel_values is not None:
+            if pixel_values.ndim == 4:  # every 16th pixel: the shape of the embeddings, before the encoder's work
+                every = self.config.vision_config.patch_size
+                grid = pixel_values[:, :, ::every, ::every]
+                self._check_prompts(grid, input_points, input_labels, input_boxes, input_masks)
             vision_outputs = self.vision_encoder(pixel_values, **kwargs)
             grid_size = grid_size_of(pixel_values, self.config.vision_config.patch_size)
             image_embeddings = self.neck(vision_outputs.last_hidden_state, grid_size)
@@ -577,6 +582,8 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
 
 
 def _check_prompt_shapes(image_embeddings, input_points, input_labels, input_boxes, input_masks) -> None:
+    if image_embeddings.ndim != 4:
+        raise ValueError(f"image_embeddings has shape {tuple(image_embeddings.shape)}, expected (images, C, h, w)")
     batch_size, _, height, width = image_embeddings.shape
     shapes = {
         "input_points": (input_points, 4, "(images, objects, points, 2)"),

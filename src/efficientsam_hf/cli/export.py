@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`efficientsam export`: a run folder becomes a model folder to keep or to publish."""
+
+import argparse
+
+
+DESCRIPTION = """\
+Write the model of a run as a folder for from_pretrained, with its processor, metrics.json and a model card that is
+made from the run. Weights are stored as float16 and load as float32.
+
+  efficientsam export runs/scenes my-model
+  efficientsam evaluate --model my-model --annotations A.json --images DIR --output metrics.json
+  efficientsam export runs/scenes my-model --metrics metrics.json --overwrite"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction) -> None:
+    """Register the command."""
+    parser = subparsers.add_parser(
+        "export",
+        help="turn a run into a model folder with a card",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="folder that efficientsam finetune wrote")
+    parser.add_argument("destination", metavar="DESTINATION", help="folder to write")
+    parser.add_argument(
+        "--metrics", nargs="+", metavar="A.json", help="results of efficientsam evaluate --output, for the card"
+    )
+    parser.add_argument("--full-precision", action="store_true", help="store the weights as float32")
+    parser.add_argument("--with-code", action="store_true", help="add the code for trust_remote_code")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export and say what was written."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..hub import export_run
+
+    disable_progress_bar()
+    destination = export_run(
+        args.run_folder,
+        args.destination,
+        half=not args.full_precision,
+        metrics=args.metrics,
+        with_code=args.with_code,
+        overwrite=args.overwrite,
+    )
+    weights = sum(path.stat().st_size for path in destination.glob("*.safetensors"))
+    print(f"wrote {args.destination}: {weights / 1e6:.1f} MB of weights")
+    return 0
