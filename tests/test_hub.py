@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -26,6 +27,7 @@ from efficientsam_hf import (
 )
 from efficientsam_hf.cli import main
 from efficientsam_hf.hub import export_run, read_run, shorten_command, shorten_paths
+from efficientsam_hf.models.rle_efficientsam import encode_rle
 from efficientsam_hf.training.arguments import FinetuneArguments
 from efficientsam_hf.training.checkpoints import write_folder, write_json
 from efficientsam_hf.training.run_folder import RunLog, open_run
@@ -372,3 +374,28 @@ def test_command(run: Path, metrics: Path, tmp_path: Path, capsys: pytest.Captur
     assert main([*command, "--overwrite", "--full-precision"]) == 0
     stored = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.float32}
+
+
+def test_evaluation_of_an_export_goes_into_its_card(run: Path, tmp_path: Path) -> None:
+    """One loop through the commands: export, evaluate what was exported, export again with the numbers."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("RGB", (60, 40), "gray").save(photos / "one.png")
+    mask = np.zeros((40, 60), bool)
+    mask[10:30, 10:40] = True
+    coco = {
+        "images": [{"id": 1, "file_name": "one.png", "width": 60, "height": 40}],
+        "annotations": [{"id": 1, "image_id": 1, "segmentation": encode_rle(mask)}],
+    }
+    (photos / "instances.json").write_text(json.dumps(coco))
+    model, numbers = str(tmp_path / "out"), str(tmp_path / "metrics.json")
+    assert main(["export", str(run), model]) == 0
+    options = ["--annotations", str(photos / "instances.json"), "--images", str(photos), "--device", "cpu"]
+    assert main(["evaluate", "--model", model, *options, "--output", numbers]) == 0
+    assert main(["export", str(run), model, "--metrics", numbers, "--overwrite"]) == 0
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    measured = read_json(Path(numbers))["metrics"]
+    expected = [round(measured[prompt]["miou"], 4) for prompt in ("center", "uniform", "box")]
+    assert [result.metric_value for result in card.data.eval_results] == expected
+    assert {result.dataset_name for result in card.data.eval_results} == {"photos/instances"}
+    assert "efficientsam evaluate --model" in card.text and str(tmp_path) not in card.text

@@ -204,11 +204,16 @@ def test_ragged_prompts_are_padded(processor) -> None:
         [[nothing] * 2] * 3,
     ]
     assert inputs["input_labels"].tolist() == [[[1, 0], [-1, -1], [1, -1]], [[-1, -1]] * 3]
-    assert inputs["input_boxes"].tolist() == [[[-1] * 4, [0, 1, 2, 3], [-1] * 4], [[32, 0, 64, 64], [-1] * 4, [-1] * 4]]
+    assert inputs["input_boxes"].tolist() == [
+        [[-1] * 4, [0, 1, 2, 3], [-1] * 4],
+        [[32, 0, 64, 64], [-1] * 4, [-1] * 4],
+    ]
 
 
 def test_no_points_for_the_only_object(processor) -> None:
-    inputs = processor(original_sizes=[(64, 64)], input_points=[[[]]], input_boxes=[[[1, 2, 3, 4]]], return_tensors="pt")
+    inputs = processor(
+        original_sizes=[(64, 64)], input_points=[[[]]], input_boxes=[[[1, 2, 3, 4]]], return_tensors="pt"
+    )
     assert inputs["input_points"].shape == (1, 1, 0, 2) and inputs["input_labels"].shape == (1, 1, 0)
     assert inputs["input_boxes"].tolist() == [[[1, 2, 3, 4]]]
 
@@ -222,7 +227,9 @@ def test_masks_as_prompts(processor) -> None:
     assert torch.equal(inputs["input_masks"][0, 0, 0], first) and torch.equal(inputs["input_masks"][1, 0], second)
     assert not inputs["input_masks"][0, 1].any() and not inputs["input_masks"][1, 1].any()
     masks = torch.randn(1, 3, 1, 16, 16)
-    assert torch.equal(processor(original_sizes=[(30, 40)], input_masks=masks, return_tensors="pt")["input_masks"], masks)
+    assert torch.equal(
+        processor(original_sizes=[(30, 40)], input_masks=masks, return_tensors="pt")["input_masks"], masks
+    )
 
 
 @pytest.mark.parametrize("sizes", [[(30, 40)], np.array([[30, 40]]), torch.tensor([[30, 40]])])
@@ -259,7 +266,9 @@ def test_casting_keeps_coordinates_exact(processor, pixels) -> None:
 def test_border_is_inside_and_boxes_are_cut_to_the_image(processor) -> None:
     corners = [[0, 0], [40, 0], [0, 30], [40, 30]]
     inputs = processor(original_sizes=[(30, 40)], input_points=[corners], return_tensors="pt")
-    torch.testing.assert_close(inputs["input_points"][0, 0], torch.tensor([[0, 0], [64, 0], [0, 64], [64, 64]]).float())
+    torch.testing.assert_close(
+        inputs["input_points"][0, 0], torch.tensor([[0, 0], [64, 0], [0, 64], [64, 64]]).float()
+    )
     inputs = processor(original_sizes=[(30, 40)], input_boxes=[[[-5, -3, 400, 31]]], return_tensors="pt")
     assert inputs["input_boxes"].tolist() == [[[0, 0, 64, 64]]]
 
@@ -303,7 +312,10 @@ NAN, INF = float("nan"), float("inf")
         ({"input_points": [[[[5, 5]]]], "input_labels": [[[-1]]]}, "input_labels of image 0, object 0: -1 is not 1"),
         ({"input_points": [[[[5, 5]]]], "input_labels": [[[NAN]]]}, "input_labels of image 0, object 0: nan is not 1"),
         ({"input_points": [[[5, 5]]], "input_labels": [[[1]]]}, "input_labels"),
-        ({"input_boxes": [[[20, 5, 20, 15]]]}, r"input_boxes of image 0, object 0: \[20.0, 5.0, 20.0, 15.0\] is empty"),
+        (
+            {"input_boxes": [[[20, 5, 20, 15]]]},
+            r"input_boxes of image 0, object 0: \[20.0, 5.0, 20.0, 15.0\] is empty",
+        ),
         ({"input_boxes": [[None, [5, 15, 20, 5]]]}, r"input_boxes of image 0, object 1: .* is empty.*y0 < y1"),
         ({"input_boxes": [[[41, 5, 50, 15]]]}, "input_boxes of image 0, object 0: .* is outside the image of 40 x 30"),
         ({"input_boxes": [[[1, 2, NAN, 4]]]}, "input_boxes of image 0, object 0: .*nan.* 4 finite numbers"),
@@ -311,8 +323,14 @@ NAN, INF = float("nan"), float("inf")
         ({"input_boxes": [[1, 2, 3, 4]]}, "input_boxes of image 0, object 0: 1 is not 4 finite numbers"),
         ({"input_boxes": [1, 2, 3, 4]}, "input_boxes must be nested"),
         ({"input_boxes": [[[1, 2, 3, 4]]] * 2}, "input_boxes is for 2 images, but there are 1"),
-        ({"input_points": [[[[5, 5]]]], "input_boxes": [[None, None]]}, "image 0: prompts disagree .*'input_boxes': 2"),
-        ({"input_masks": [[torch.zeros(8, 8)]]}, r"input_masks of image 0, object 0 has shape \(8, 8\), expected .*16"),
+        (
+            {"input_points": [[[[5, 5]]]], "input_boxes": [[None, None]]},
+            "image 0: prompts disagree .*'input_boxes': 2",
+        ),
+        (
+            {"input_masks": [[torch.zeros(8, 8)]]},
+            r"input_masks of image 0, object 0 has shape \(8, 8\), expected .*16",
+        ),
         ({"input_masks": [[torch.full((16, 16), NAN)]]}, "input_masks of image 0, object 0 holds values that are not"),
     ],
 )
@@ -331,9 +349,7 @@ def test_prompts_for_three_images_of_two(processor, pixels) -> None:
 
 def test_what_a_checkpoint_does_not_know(pixels) -> None:
     image_processor = EfficientSamImageProcessor(size=64)
-    released = EfficientSamProcessor(
-        image_processor, background_points=False, mask_prompts=False, max_prompt_tokens=6
-    )
+    released = EfficientSamProcessor(image_processor, background_points=False, mask_prompts=False, max_prompt_tokens=6)
     six = [[1, 1]] * 6
     with pytest.raises(ValueError, match="input_labels of image 0, object 0 has a 0.* no background points"):
         released(images=pixels, input_points=[[[[1, 1]]]], input_labels=[[[0]]])
@@ -424,7 +440,7 @@ def logits() -> torch.Tensor:
 
 
 def test_masks_are_resized_bicubically_and_cut(processor, logits) -> None:
-    assert 7 * 3 > MASKS_AT_ONCE  # so that the pieces it works in meet
+    assert MASKS_AT_ONCE < 7 * 3  # so that the pieces it works in meet
     sizes = torch.tensor([[30, 40], [50, 20]])
     results = processor.post_process_masks(logits, sizes)
     raw = processor.post_process_masks(logits, sizes, binarize=False)

@@ -609,6 +609,8 @@ def _check_prompt_shapes(image_embeddings, input_points, input_labels, input_box
     counts = {name: value.shape[1] for name, value in given.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"prompts disagree on the number of objects an image: {counts}")
+    if 0 in counts.values():
+        raise ValueError(f"no prompt: there is no object in {sorted(counts)}")
 
 
 def _real_objects(input_labels, input_boxes, input_masks) -> torch.Tensor:
