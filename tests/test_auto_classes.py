@@ -62,14 +62,16 @@ for auto in (AutoModel, AutoModelForMaskGeneration):
         outputs = model(**inputs)
     answers[auto.__name__] = outputs.pred_masks.numpy()
 assert AutoConfig.from_pretrained(folder, **remote).model_type == "efficientsam"
-image_processor = AutoImageProcessor.from_pretrained(folder, **remote)
+has_auto = type(AutoImageProcessor).__name__ != "DummyObject"  # transformers 5.17 has it only beside torchvision
+image_processor = AutoImageProcessor.from_pretrained(folder, **remote) if has_auto else processor.image_processor
 assert type(image_processor).__name__ == "EfficientSamImageProcessor"
 
 generator = pipeline("mask-generation", model=model, image_processor=image_processor)
 everything = generator(image, **generate)
 answers["masks"], answers["scores"] = np.stack(everything["masks"]), everything["scores"].numpy()
-whole = pipeline("mask-generation", model=folder, **remote)(image, **generate)
-assert all((a == b).all() for a, b in zip(whole["masks"], everything["masks"], strict=True))
+if has_auto:
+    whole = pipeline("mask-generation", model=folder, **remote)(image, **generate)
+    assert all((a == b).all() for a, b in zip(whole["masks"], everything["masks"], strict=True))
 
 model.save_pretrained(destination)
 processor.save_pretrained(destination)
@@ -112,7 +114,8 @@ def test_auto_classes_by_import(folder) -> None:
     assert type(AutoModel.from_pretrained(folder)) is EfficientSamModel
     assert type(AutoModelForMaskGeneration.from_pretrained(folder)) is EfficientSamModel
     assert type(AutoProcessor.from_pretrained(folder)) is EfficientSamProcessor
-    assert type(AutoImageProcessor.from_pretrained(folder)) is EfficientSamImageProcessor
+    if type(AutoImageProcessor).__name__ != "DummyObject":  # transformers 5.17 has it only beside torchvision
+        assert type(AutoImageProcessor.from_pretrained(folder)) is EfficientSamImageProcessor
     vision = EfficientSamVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     assert type(AutoModel.from_config(vision)) is EfficientSamVisionModel
     assert type(AutoBackbone.from_config(vision)) is EfficientSamBackbone

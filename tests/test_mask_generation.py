@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segment everything: each step against the plainest way to write it, and the stock pipeline on top of them."""
 
+import inspect
 import sys
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import pipeline
+from transformers import MaskGenerationPipeline, pipeline
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel
 from efficientsam_hf.models.mask_generation_efficientsam import (
@@ -227,6 +228,11 @@ def test_pipeline_gives_what_its_steps_give(model, picture) -> None:
         assert np.mean(mask != masks[index].numpy()) < 0.002
 
 
+# Earlier pipelines embed all crops as one batch but prompt it as one image, which SAM refuses too.
+@pytest.mark.skipif(
+    "full_image_size" not in inspect.getsource(MaskGenerationPipeline),
+    reason="this transformers prompts no crops (transformers#35530)",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pipeline_with_crops(dtype, model, picture) -> None:
     model = EfficientSamModel.from_pretrained(None, config=model.config, state_dict=model.state_dict(), dtype=dtype)

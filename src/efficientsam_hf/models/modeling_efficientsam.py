@@ -573,11 +573,16 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
             return None
         if input_labels is None:
             return torch.ones(input_points.shape[:3], dtype=torch.long, device=input_points.device)
-        # Reading values breaks a compiled graph; the processor has checked them already.
-        if not config.background_points and not torch.compiler.is_compiling() and bool((input_labels == 0).any()):
-            raise ValueError(
-                "input_labels has a 0, but this checkpoint knows no background points (background_points is off)"
-            )
+        if not torch.compiler.is_compiling():  # reading values breaks a compiled graph
+            found = set(input_labels.unique().tolist())
+            if not found <= {-1, 0, 1}:
+                raise ValueError(
+                    f"input_labels holds {sorted(found)}, expected 1 (object), 0 (background) or -1 (padding)"
+                )
+            if 0 in found and not config.background_points:
+                raise ValueError(
+                    "input_labels has a 0, but this checkpoint knows no background points (background_points is off)"
+                )
         return input_labels
 
 
