@@ -67,13 +67,8 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
     config = released_config(state)
     model = EfficientSamModel(config)
     load_released_state(model, state)
-    prompts = config.prompt_encoder_config
-    processor = EfficientSamProcessor(
-        EfficientSamImageProcessor(size=config.vision_config.image_size),
-        background_points=prompts.background_points,
-        mask_prompts=prompts.mask_prompts,
-        max_prompt_tokens=prompts.padded_prompt_tokens,
-    )
+    image_processor = EfficientSamImageProcessor(size=config.vision_config.image_size)
+    processor = EfficientSamProcessor.for_model(config, image_processor)
     destination.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as folder:
         complete = Path(folder, "complete")

@@ -93,16 +93,18 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
     if arguments.model in ("ti", "s", "b"):
         vision = {**overrides.pop("vision_config", {}), "image_size": image_size}
         model = EfficientSamModel(EfficientSamConfig.from_preset(arguments.model, vision_config=vision, **overrides))
+        # Scenes are rendered at the training size; averaging is what brings a larger photo closest to that.
+        image_processor = EfficientSamImageProcessor(size=image_size, antialias=True)
     else:
         if overrides:
             raise ValueError("model_overrides is for presets (ti, s, b); a checkpoint keeps its config")
         source = default_checkpoint() if arguments.model == "default" else arguments.model
         model = EfficientSamModel.from_pretrained(source, dtype=torch.float32)
         model.config.vision_config.image_size = image_size
+        image_processor = EfficientSamImageProcessor.from_pretrained(source, size=image_size)
     if arguments.cpu or not torch.cuda.is_available():
         use_matrix_products(model)
-    size = {"height": image_size, "width": image_size}
-    return model, EfficientSamProcessor(EfficientSamImageProcessor(size=size))
+    return model, EfficientSamProcessor.for_model(model.config, image_processor)
 
 
 def _scene_batches(arguments: Any) -> Any:

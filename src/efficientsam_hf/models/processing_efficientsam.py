@@ -53,6 +53,17 @@ class EfficientSamProcessor(ProcessorMixin):
         self.mask_prompts = mask_prompts
         self.max_prompt_tokens = max_prompt_tokens
 
+    @classmethod
+    def for_model(cls, config, image_processor) -> "EfficientSamProcessor":
+        """Processor that allows what a model of this configuration (`EfficientSamConfig`) knows."""
+        prompts = config.prompt_encoder_config
+        return cls(
+            image_processor,
+            background_points=prompts.background_points,
+            mask_prompts=prompts.mask_prompts,
+            max_prompt_tokens=prompts.padded_prompt_tokens,
+        )
+
     @property
     def model_input_names(self) -> list[str]:
         prompts = ["input_points", "input_labels", "input_boxes", "input_masks"]
