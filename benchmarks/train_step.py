@@ -13,8 +13,9 @@ import torch
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamModel
 from efficientsam_hf.training.arguments import FinetuneArguments
+from efficientsam_hf.training.attention import use_matrix_products
+from efficientsam_hf.training.optimizers import make_optimizers
 from efficientsam_hf.training.segmentation import InteractiveSegmentation, PromptSampling
-from efficientsam_hf.training.trainer import make_optimizer
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -28,6 +29,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--mask-prompts", type=float, default=0.5)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--float32", action="store_true")
+    parser.add_argument("--optimizer", default="adamw", choices=["adamw", "muon"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--steps", type=int, default=5)
@@ -59,12 +61,14 @@ class Step:
         torch.manual_seed(0)
         vision = {"image_size": args.image_size}
         model = EfficientSamModel(EfficientSamConfig.from_preset(args.preset, vision_config=vision)).to(args.device)
+        if args.device == "cpu":
+            use_matrix_products(model)
         sampling = PromptSampling(rounds=args.rounds, corrected_objects=args.corrected, mask_prompts=args.mask_prompts)
         self.module = InteractiveSegmentation(model, sampling=sampling)
         if args.compile:
             self.module.compile_parts()
-        arguments = FinetuneArguments(output_dir="unused", max_steps=1, train_scenes=True)
-        self.optimizer = make_optimizer(self.module, arguments, fused=True)
+        arguments = FinetuneArguments(output_dir="unused", max_steps=1, train_scenes=True, optimizer=args.optimizer)
+        self.optimizers = make_optimizers(self.module, arguments, fused=True)
         self.batch = disc_batch(args)
         self.precision = torch.autocast(args.device, torch.bfloat16, enabled=not args.float32)
 
@@ -76,8 +80,9 @@ class Step:
         loss.backward()
         times.append(self._now())
         torch.nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         times.append(self._now())
         return times[1] - times[0], times[2] - times[1], times[3] - times[2]
 

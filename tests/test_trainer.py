@@ -106,16 +106,22 @@ def test_run_leaves_its_folder(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("stop", [3, 9, 16])
-def test_resumed_run_ends_with_the_same_bits(tmp_path, stop) -> None:
-    train(tmp_path / "whole")
-    summary = train(tmp_path / "parts", source=stop_after(stop))
+@pytest.mark.parametrize(("optimizer", "files"), [("adamw", 1), ("muon", 2)])
+def test_resumed_run_ends_with_the_same_bits(tmp_path, stop, optimizer, files) -> None:
+    train(tmp_path / "whole", optimizer=optimizer)
+    summary = train(tmp_path / "parts", source=stop_after(stop), optimizer=optimizer)
     assert summary["interrupted"] == "SIGTERM" and summary["steps"] == stop + 1
-    train(tmp_path / "parts", resume=True)
+    train(tmp_path / "parts", resume=True, optimizer=optimizer)
     for name, value in weights(tmp_path / "whole" / "model").items():
         assert torch.equal(value, weights(tmp_path / "parts" / "model")[name])
-    final = [torch.load(tmp_path / run / "checkpoints/step_20/optimizer.bin") for run in ("whole", "parts")]
-    for before, after in zip(final[0]["state"].values(), final[1]["state"].values(), strict=True):
-        assert all(torch.equal(before[name], after[name]) for name in before)
+    whole, parts = (
+        sorted((tmp_path / run / "checkpoints/step_20").glob("optimizer*.bin")) for run in ("whole", "parts")
+    )
+    assert len(whole) == files
+    for one, other in zip(whole, parts, strict=True):
+        states = [torch.load(path)["state"].values() for path in (one, other)]
+        for before, after in zip(*states, strict=True):
+            assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_other_data_gives_other_bits(tmp_path) -> None:

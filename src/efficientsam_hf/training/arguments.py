@@ -44,11 +44,17 @@ class TrainerArguments:
         "optionally with its batch size: 0:256x16,0.7:512x4.",
     )
     gradient_accumulation: int = option(1, "Forwards per optimiser step.")
+    optimizer: str = option(
+        "adamw",
+        "AdamW for everything (the paper), or Muon for the weights of linear layers and AdamW for the rest.",
+        choices=["adamw", "muon"],
+    )
     learning_rate: float = option(4e-4, "Peak learning rate of AdamW.")
+    muon_learning_rate: float = option(5e-3, "Peak learning rate of Muon, with updates scaled to the size of AdamW's.")
     schedule: str = option("cosine", "Decay of the learning rate.", choices=["cosine", "linear", "constant"])
     final_learning_rate: float = option(0.0, "Learning rate at the end, as a fraction of the peak.")
     warmup_steps: int = option(250, "Steps of linear warm-up (SAM: 250).")
-    weight_decay: float = option(0.1, "Weight decay of AdamW; parameters with one dimension get none.")
+    weight_decay: float = option(0.1, "Weight decay; parameters with one dimension get none.")
     adam_beta1: float = option(0.9, "AdamW: decay of the gradient average.")
     adam_beta2: float = option(0.999, "AdamW: decay of the squared gradient average.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 switches it off.")
@@ -83,7 +89,7 @@ class TrainerArguments:
         if not self.max_steps and not self.max_minutes:
             raise ValueError("max_steps or max_minutes must be given, or the run would never end")
         self._check_choices()
-        for name in ("max_minutes", "learning_rate", "evaluate_minutes", "checkpoint_minutes"):
+        for name in ("max_minutes", "learning_rate", "muon_learning_rate", "evaluate_minutes", "checkpoint_minutes"):
             self._check(name, lambda value: value is None or value > 0, "greater than 0")
         at_least_one = "max_steps batch_size gradient_accumulation num_threads log_every evaluate_every picture_every"
         for name in (at_least_one + " checkpoint_every keep_checkpoints max_nonfinite").split():

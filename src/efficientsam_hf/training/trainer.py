@@ -29,6 +29,7 @@ from .checkpoints import (
     write_json,
 )
 from .ema import WeightAverage
+from .optimizers import make_optimizers
 from .run_folder import RunLog, open_run
 from .schedule import Due, Stage, learning_rate_factor, run_progress, stage_at
 
@@ -65,9 +66,8 @@ class Trainer:
         self.batches = batches
         self.evaluate = evaluate
         self.stages = arguments.stages()
-        self.module, self.optimizer = self.accelerator.prepare(
-            module, make_optimizer(module, arguments, fused=self.accelerator.device.type in ("cpu", "cuda"))
-        )
+        optimizers = make_optimizers(module, arguments, fused=self.accelerator.device.type in ("cpu", "cuda"))
+        self.module, *self.optimizers = self.accelerator.prepare(module, *optimizers)
         if arguments.compile and hasattr(self.plain_module, "compile_parts"):
             self.plain_module.compile_parts(dynamic=False)
         self.average = WeightAverage(self.plain_module, arguments.ema_decay)
@@ -126,7 +126,7 @@ class Trainer:
     def _train_step(self, progress: float) -> None:
         a = self.arguments
         factor = learning_rate_factor(a.schedule, self.step, a.warmup_steps, progress, a.final_learning_rate)
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = a.learning_rate * factor * group.get("lr_scale", 1.0)
         metrics = []
         for number in range(a.gradient_accumulation):
@@ -160,8 +160,10 @@ class Trainer:
         norm = torch.as_tensor(norm).detach()
         finite = bool(torch.isfinite(norm))
         if finite or self.accelerator.scaler is not None:  # fp16: the scaler skips the step and lowers its scale
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+            for optimizer in self.optimizers:
+                optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if finite:
             self.nonfinite = 0
@@ -202,7 +204,7 @@ class Trainer:
         if self.window:
             names = self.window[0]
             means = {name: torch.stack([row[name].float() for row in self.window]).mean().item() for name in names}
-        rate = self.optimizer.param_groups[0]["lr"]
+        rate = self.optimizers[0].param_groups[0]["lr"]
         self.log(
             "train", step=self.step, progress=progress, elapsed=now, images=self.images, images_per_s=speed,
             learning_rate=rate, image_size=self.stage.image_size, **means,
@@ -348,16 +350,3 @@ class Trainer:
         layout = "{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}"
         hidden = not self.accelerator.is_main_process
         return tqdm(total=1.0, initial=progress, bar_format=layout, disable=hidden, dynamic_ncols=True)
-
-
-def make_optimizer(module: nn.Module, arguments: TrainerArguments, fused: bool) -> torch.optim.Optimizer:
-    """AdamW over the trainable parameters; those with one dimension (biases, norms) are not decayed."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
-        raise ValueError("module has no trainable parameter")
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": arguments.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    betas = (arguments.adam_beta1, arguments.adam_beta2)
-    return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, fused=fused)
