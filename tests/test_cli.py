@@ -3,6 +3,7 @@
 
 import io
 import json
+import shutil
 import struct
 import subprocess
 import sys
@@ -377,15 +378,18 @@ def test_evaluate_prints_and_writes(
     metrics = record["metrics"]
     assert metrics["objects"] == 2 and set(metrics) >= {"center", "box"} and "uniform" not in metrics
     assert record["command"].startswith("efficientsam evaluate --model")
-    assert {"torch", "transformers", "python", "efficientsam_hf"} <= set(record["versions"])
-    assert record["machine"]["cpu_count"] >= 1 and record["date"].endswith("+00:00")
+    assert {"torch", "transformers", "python", "efficientsam-hf"} <= set(record["versions"])
+    assert record["machine"]["cores"] >= 1 and record["machine"]["gpus"] == [] and record["date"].endswith("+00:00")
     printed = capsys.readouterr().out
     assert f"{metrics['box']['miou']:.4f}" in printed and "2 objects in 1 images" in printed
 
 
 def test_evaluate_refuses(coco: list[str], model_folder: str, tmp_path: Path, capsys) -> None:
     arguments = ["evaluate", "--model", model_folder, "--device", "cpu"]
-    assert "required: --annotations" in refused(arguments, capsys)
+    assert "one of the arguments --annotations --scenes is required" in refused(arguments, capsys)
+    assert "--annotations and --images go together" in refused([*arguments, *coco[:2]], capsys)
+    assert "not allowed with argument" in refused([*arguments, *coco, "--scenes", "2"], capsys)
+    assert "--scenes must be at least 1" in refused([*arguments, "--scenes", "0"], capsys)
     assert "invalid choice: 'click'" in refused([*arguments, *coco, "--prompts", "click"], capsys)
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "0"], capsys)
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "-3"], capsys)
@@ -393,6 +397,30 @@ def test_evaluate_refuses(coco: list[str], model_folder: str, tmp_path: Path, ca
     assert "no.json does not exist" in refused([*arguments, *absent], capsys)
     below_a_file = ["--output", str(tmp_path / "coco.json" / "metrics.json")]
     assert "cannot write" in refused([*arguments, *coco, *below_a_file], capsys)
+
+
+def test_evaluate_on_scenes(model_folder: str, tmp_path: Path) -> None:
+    output = tmp_path / "metrics.json"
+    arguments = ["evaluate", "--model", model_folder, "--device", "cpu", "--scenes", "3", "--prompts", "box"]
+    assert main([*arguments, "--output", str(output)]) == 0
+    metrics = json.loads(output.read_text())["metrics"]
+    assert metrics["images"] == 3 and metrics["objects"] > 3 and 0 <= metrics["box"]["miou"] <= 1
+
+
+def test_a_damaged_model_is_named(model_folder: str, picture: str, tmp_path: Path, capsys) -> None:
+    for damage in ("cut", "shape"):
+        folder = shutil.copytree(model_folder, tmp_path / damage)
+        if damage == "cut":
+            weights = folder / "model.safetensors"
+            weights.write_bytes(weights.read_bytes()[:1000])
+        else:
+            config = json.loads((folder / "config.json").read_text())
+            config["vision_config"]["hidden_size"] *= 2
+            (folder / "config.json").write_text(json.dumps(config))
+        line = refused(
+            ["segment", picture, "--point", "1,1", "-o", str(tmp_path / "out"), "--model", str(folder)], capsys
+        )
+        assert f"cannot load a promptable model from {folder}" in line
 
 
 def test_evaluate_knows_the_protocols() -> None:

@@ -132,6 +132,22 @@ def test_a_truncated_checkpoint_is_named(released: Path, tmp_path: Path) -> None
         convert_checkpoint(tmp_path / "short.pt", tmp_path / "out")
 
 
+@pytest.mark.parametrize("content", [b"t\n", b"R rather a text\n", b"", b"\x80\x02}q\x00", b"PK\x03\x04 and no zip"])
+def test_what_is_no_checkpoint_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "notes.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"notes\.pt") as error:
+        read_released_checkpoint(tmp_path / "notes.pt")
+    assert len(str(error.value)) < 400 and "weights_only=False" not in str(error.value)
+
+
+def test_misshapen_box_corners_are_named(released: Path, tmp_path: Path) -> None:
+    state = torch.load(released, weights_only=True)["model"]
+    state["prompt_encoder.bbox_top_left_embeddings.weight"] = torch.zeros(1, 8)
+    torch.save({"model": state}, tmp_path / "corners.pt")
+    with pytest.raises(ValueError, match=r"bbox_bottom_right_embeddings\.weight \(1, 8\) instead of \(2, 256\)"):
+        convert_checkpoint(tmp_path / "corners.pt", tmp_path / "out")
+
+
 def test_a_checkpoint_of_sam_is_named(tmp_path: Path) -> None:
     state = {"image_encoder.pos_embed": torch.zeros(1, 64, 64, 768), "image_encoder.neck.0.weight": torch.zeros(1)}
     torch.save(state, tmp_path / "sam_vit_b.pth")

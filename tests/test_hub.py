@@ -26,10 +26,10 @@ from efficientsam_hf import (
     EfficientSamVisionModel,
 )
 from efficientsam_hf.cli import main
+from efficientsam_hf.files import write_folder, write_json
 from efficientsam_hf.hub import export_run, read_run, shorten_command, shorten_paths
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 from efficientsam_hf.training.arguments import FinetuneArguments
-from efficientsam_hf.training.checkpoints import write_folder, write_json
 from efficientsam_hf.training.run_folder import RunLog, open_run
 from efficientsam_hf.training.segmentation import InteractiveSegmentation
 
@@ -90,7 +90,7 @@ def metrics(tmp_path: Path) -> Path:
         "model": "/home/someone/models/tiny",
         "dtype": "float32",
         "date": "2026-05-04T03:02:01+00:00",
-        "machine": {"cpu": "Some CPU", "cpu_count": 2, "threads": 2, "device": "cpu"},
+        "machine": {"cpu": "Some CPU", "cores": 2, "threads": 2, "gpus": []},
         "versions": {"torch": "2.13.0"},
     }  # fmt: skip
     path = tmp_path / "metrics-photos.json"

@@ -144,13 +144,31 @@ def test_sizes_from_the_processor_are_ignored(model, pixel_values, points) -> No
 
 def test_unknown_keyword_is_refused(model, pixel_values, points) -> None:
     vision = EfficientSamVisionModel(model.config.vision_config)
+    backbone = EfficientSamBackbone(model.config.vision_config)
+    embeddings = model.get_image_embeddings(pixel_values)
     for call in (
+        lambda: backbone(pixel_values, point_labels=1),
+        lambda: model.decode_prompts(embeddings, point_labels=1, **points),
         lambda: model(pixel_values, point_labels=1, **points),
         lambda: model.get_image_embeddings(pixel_values, point_labels=1),
         lambda: vision(pixel_values, point_labels=1),
     ):
         with pytest.raises(TypeError, match="unexpected keyword argument 'point_labels'"):
             call()
+
+
+@torch.no_grad()
+def test_standard_keywords_are_accepted_and_causal_attention_is_not(model, pixel_values, points) -> None:
+    embeddings = model.get_image_embeddings(pixel_values, return_dict=False)
+    assert torch.equal(embeddings, model.get_image_embeddings(pixel_values))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'is_causal'"):
+        model(pixel_values, is_causal=True, **points)
+
+
+@torch.no_grad()
+def test_no_prompt_is_an_error_of_the_decoder_too(model, pixel_values) -> None:
+    with pytest.raises(ValueError, match="no prompt"):
+        model.decode_prompts(model.get_image_embeddings(pixel_values))
 
 
 @torch.no_grad()
@@ -583,6 +601,9 @@ def test_six_token_rule_compiles(pixel_values, points) -> None:
         expected = model.decode_prompts(embeddings, points["input_points"])
         compiled = torch.compile(model.decode_prompts, fullgraph=True, backend="eager")
         assert_same(compiled(embeddings, points["input_points"])[0], expected[0])
+        torch.compiler.reset()
+        with pytest.raises((ValueError, torch._dynamo.exc.TorchDynamoException)):  # and no answer to six of seven
+            compiled(embeddings, torch.rand(2, 3, 7, 2))
 
 
 # Sizes and layers
@@ -718,6 +739,7 @@ def test_presets() -> None:
     [
         ({"vision_config": {"num_attention_heads": 5}}, "num_attention_heads and hidden_size"),
         ({"vision_config": {"image_size": 1000}}, "patch_size and image_size"),
+        ({"vision_config": {"patch_size": 8, "pretrain_image_size": 224}}, "patch_size is 8, expected 16"),
         ({"vision_config": {"pretrain_image_size": 100}}, "patch_size and pretrain_image_size"),
         ({"vision_config": {"output_channels": 128}}, "widths must be equal.*128"),
         ({"prompt_encoder_config": {"padded_prompt_tokens": 1}}, "padded_prompt_tokens is 1"),

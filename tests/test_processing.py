@@ -475,3 +475,40 @@ def test_masks_and_sizes_must_agree(processor, logits) -> None:
         processor.post_process_masks(logits, [(30, 40)] * 3)
     with pytest.raises(ValueError):
         processor.post_process_masks(logits, [(30, 40)] * 2, object_mask=torch.ones(3, 7, dtype=torch.bool))
+
+
+@pytest.mark.parametrize(("options", "height", "width"), [({"size": 32}, 32, 32), ({"do_resize": False}, 30, 40)])
+def test_prompts_follow_what_a_call_changes_about_the_image(processor, pixels, options, height, width) -> None:
+    mask = np.zeros((1, 1, 1, height // 4, width // 4), np.float32)
+    prompts = {"input_points": [[[[20, 15]]]], "input_boxes": [[[0, 0, 40, 30]]], "input_masks": mask}
+    inputs = processor(images=pixels, return_tensors="pt", **prompts, **options)
+    assert inputs["pixel_values"].shape[2:] == (height, width)
+    assert inputs["input_points"].flatten().tolist() == [width / 2, height / 2]
+    assert inputs["input_boxes"].flatten().tolist() == [0, 0, width, height]
+    assert inputs["input_masks"].shape == mask.shape
+
+
+def test_scalars_of_numpy_are_numbers(processor, pixels) -> None:
+    rows, columns = np.nonzero(pixels[..., 0] == pixels[..., 0].max())
+    inputs = processor(
+        images=pixels,
+        input_points=[[[[columns[0], rows[0]]]]],
+        input_labels=[[[np.int64(1)]]],
+        input_boxes=[[[np.float32(1.5), np.int32(2), np.float64(30), 20]]],
+        return_tensors="pt",
+    )
+    assert inputs["input_points"].flatten().tolist() == pytest.approx([columns[0] * 1.6, rows[0] * 64 / 30])
+    assert inputs["input_boxes"][0, 0, 0].item() == pytest.approx(1.5 * 1.6)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({"input_points": [[[5, 5]]], "input_labels": 1}, "input_labels must be nested as the points"),
+        ({"input_masks": [None]}, "input_masks must be nested"),
+        ({"input_masks": 3}, "input_masks must be nested"),
+    ],
+)
+def test_flat_prompts_are_named(processor, pixels, prompts, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(images=pixels, **prompts)

@@ -19,6 +19,8 @@ LEVELS = {
     "models": 0,
     "metrics": 1,
     "visualization": 1,
+    "files": 1,
+    "machine": 1,
     "data": 2,
     "training": 3,
     "evaluation": 3,

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from efficientsam_hf.training.arguments import FinetuneArguments, TrainerArguments, build_arguments, read_recipe
-from efficientsam_hf.training.checkpoints import list_checkpoints, write_folder
+from efficientsam_hf.training.checkpoints import list_checkpoints
 from efficientsam_hf.training.ema import WeightAverage
 from efficientsam_hf.training.run_folder import open_run
 from efficientsam_hf.training.schedule import (
@@ -254,23 +254,19 @@ def test_run_folders_are_not_overwritten(tmp_path) -> None:
     with pytest.raises(ValueError, match="learning_rate was 0.05 and is 0.1"):
         open_run(make_arguments(tmp_path / "run", resume=True, learning_rate=0.1))
     assert open_run(make_arguments(tmp_path / "run", resume=True, log_every=1)) == tmp_path / "run"
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    del record["arguments"]["optimizer"]  # as a run of a version that did not have the argument yet
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record))
+    assert open_run(make_arguments(tmp_path / "run", resume=True)) == tmp_path / "run"
+    with pytest.raises(ValueError, match="optimizer was 'adamw' and is 'muon'"):
+        open_run(make_arguments(tmp_path / "run", resume=True, optimizer="muon"))
+    with pytest.raises(ValueError, match="there is no run in .*absent"):
+        open_run(make_arguments(tmp_path / "absent", resume=True))
+    assert not (tmp_path / "absent").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="no run folder"):
         open_run(make_arguments(tmp_path / "other"))
-
-
-def test_folders_are_written_whole_or_not_at_all(tmp_path) -> None:
-    target = tmp_path / "model"
-    write_folder(target, lambda folder: (folder / "a").write_text("1"))
-
-    def fail(folder):
-        (folder / "a").write_text("2")
-        raise OSError("no room left")
-
-    with pytest.raises(OSError, match="no room"):
-        write_folder(target, fail)
-    assert (target / "a").read_text() == "1" and list(tmp_path.iterdir()) == [target]
 
 
 def test_average_follows_its_formula_and_comes_and_goes() -> None:

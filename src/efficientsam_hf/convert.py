@@ -5,12 +5,14 @@ import io
 import os
 import pickle
 import re
-import tempfile
+import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 
+from .files import write_folder
 from .models.configuration_efficientsam import VISION_PRESETS, EfficientSamConfig
 from .models.image_processing_efficientsam import EfficientSamImageProcessor
 from .models.modeling_efficientsam import EfficientSamModel
@@ -45,6 +47,11 @@ RENAMES = [
 BOX_CORNERS = ("prompt_encoder.bbox_top_left_embeddings.weight", "prompt_encoder.bbox_bottom_right_embeddings.weight")
 
 
+# What reading and unpickling raise on files that are damaged or something else.
+NO_CHECKPOINT = (RuntimeError, EOFError, LookupError, AssertionError, TypeError, struct.error)
+NO_CHECKPOINT += (zipfile.BadZipFile, zlib.error)
+
+
 def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike) -> EfficientSamConfig:
     """Write the released checkpoint `source` as a folder that every `from_pretrained` takes.
 
@@ -69,12 +76,12 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
     load_released_state(model, state)
     image_processor = EfficientSamImageProcessor(size=config.vision_config.image_size)
     processor = EfficientSamProcessor.for_model(config, image_processor)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as folder:
-        complete = Path(folder, "complete")
-        model.save_pretrained(complete)
-        processor.save_pretrained(complete)
-        complete.replace(destination)
+
+    def fill(folder: Path) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+
+    write_folder(destination, fill)
     return config
 
 
@@ -85,10 +92,11 @@ def read_released_checkpoint(source: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(_open_checkpoint(source), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # Its text advises to load the file without protection, so it stays out of the message.
         raise ValueError(
-            f"source {str(source)!r} holds more than tensors, or is damaged; no code in it ran ({_first_line(error)})"
-        ) from None
-    except (RuntimeError, EOFError, zipfile.BadZipFile, KeyError) as error:
+            f"source {str(source)!r} is no checkpoint, or holds more than tensors; no code in it ran"
+        ) from error
+    except NO_CHECKPOINT as error:
         raise ValueError(f"source {str(source)!r} is truncated or not a checkpoint ({_first_line(error)})") from None
     state = content.get("model", content) if isinstance(content, dict) else None
     if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
@@ -110,7 +118,7 @@ def _open_checkpoint(source: Path) -> io.BytesIO | str:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
 
 
 def released_config(state: dict[str, torch.Tensor]) -> EfficientSamConfig:
@@ -140,8 +148,8 @@ def load_released_state(model: EfficientSamModel, state: dict[str, torch.Tensor]
     if all(name in state for name in BOX_CORNERS):
         corners = [state[name] for name in BOX_CORNERS]
         origin["prompt_encoder.box_corner_embed.weight"] = " + ".join(BOX_CORNERS)
-        if all(corner.ndim == 2 for corner in corners):
-            renamed["prompt_encoder.box_corner_embed.weight"] = torch.cat(corners)
+        fits = len({corner.shape for corner in corners}) == 1 and corners[0].ndim == 2
+        renamed["prompt_encoder.box_corner_embed.weight"] = torch.cat(corners) if fits else corners[0]
     missing = sorted(expected.keys() - renamed.keys())
     unexpected = sorted(origin[name] for name in renamed.keys() - expected.keys())
     misshapen = sorted(

@@ -6,7 +6,6 @@ import os
 import re
 import shlex
 import statistics
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from .files import write_folder, write_json, write_text
 from .models.configuration_efficientsam import VISION_PRESETS
 from .models.modeling_efficientsam import EfficientSamModel
 from .models.processing_efficientsam import EfficientSamProcessor
@@ -84,16 +84,16 @@ def export_run(
     model = EfficientSamModel.from_pretrained(record.folder / "model", dtype=torch.float32)
     processor = EfficientSamProcessor.from_pretrained(record.folder / "model")
     card = model_card(record, model, evaluations, destination.name, half, with_code)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=destination.parent, prefix=f".{destination.name}-") as aside:
-        complete = Path(aside, "complete")
-        save_model(model, complete, half)
-        processor.save_pretrained(complete)
+
+    def fill(folder: Path) -> None:
+        save_model(model, folder, half)
+        processor.save_pretrained(folder)
         if not with_code:
-            remove_code(complete)
-        _write_json(complete / "metrics.json", {"training": training_facts(record), "evaluations": evaluations})
-        (complete / "README.md").write_text(card, encoding="utf-8")
-        _move(complete, destination, Path(aside, "previous"))
+            remove_code(folder)
+        write_json(folder / "metrics.json", {"training": training_facts(record), "evaluations": evaluations})
+        write_text(folder / "README.md", card)
+
+    write_folder(destination, fill)
     return destination
 
 
@@ -150,29 +150,13 @@ def remove_code(folder: Path) -> None:
     for path in folder.glob("*.py"):
         path.unlink()
     for path in folder.glob("*.json"):
-        _write_json(path, _without_auto_map(json.loads(path.read_text(encoding="utf-8"))))
+        write_json(path, _without_auto_map(json.loads(path.read_text(encoding="utf-8"))))
 
 
 def _without_auto_map(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_auto_map(entry) for name, entry in value.items() if name != "auto_map"}
     return value
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _move(source: Path, destination: Path, previous: Path) -> None:
-    """Put `source` in the place of `destination`; what was there comes back if that fails."""
-    if destination.exists():
-        os.replace(destination, previous)
-    try:
-        os.replace(source, destination)
-    except OSError:
-        if previous.exists():
-            os.replace(previous, destination)
-        raise
 
 
 # The run
@@ -243,8 +227,10 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     record = _read_json(path, "metrics", ("metrics", "command", "date", "machine", "dtype"))
     if not any(prompt in record["metrics"] for prompt in PROMPTS):
         raise ValueError(f"metrics {str(path)!r} has none of the prompts {', '.join(PROMPTS)}")
-    annotations = _option(record["command"], "--annotations") or path.name
-    return {"dataset": _last_parts(annotations).removesuffix(".json"), **shorten_paths(record)}
+    annotations = _option(record["command"], "--annotations")
+    scenes = "generated scenes" if _option(record["command"], "--scenes") else path.name
+    dataset = _last_parts(annotations).removesuffix(".json") if annotations else scenes
+    return {"dataset": dataset, **shorten_paths(record)}
 
 
 def _option(command: str, name: str) -> str | None:
@@ -484,12 +470,9 @@ def _facts_table(record: RunRecord) -> str:
 
 
 def _machine_text(machine: dict[str, Any]) -> str:
-    """GPUs or processor, cores and threads, as `training` and `evaluate` describe them."""
-    cores = machine.get("cores", machine.get("cpu_count"))
-    text = f"{machine.get('cpu', 'unknown processor')}, {cores} cores, {machine.get('threads')} threads"
-    device = machine.get("device", "cpu")
-    gpus = machine.get("gpus") or ([] if device == "cpu" else [device])
-    return ", ".join([*gpus, text])
+    """GPUs or processor, cores and threads, as `machine.describe_machine` gives them."""
+    text = f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads"
+    return ", ".join([*machine["gpus"], text])
 
 
 def _curve_rows(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:

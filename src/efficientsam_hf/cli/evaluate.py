@@ -3,22 +3,19 @@
 
 import argparse
 import datetime
-import json
-import os
-import platform
 import shlex
 import time
 from pathlib import Path
 from typing import Any
 
+from ..files import check_writable, write_json
 from .loading import add_model_options, load_model
-from .output import check_writable, write_text
 
 
 DESCRIPTION = """\
-Give a model one prompt per object of a COCO instances file and compare its masks with the file's, at the pictures'
-own resolution. Of the three masks the one with the highest predicted IoU counts; "best of 3" is what a perfect
-choice would reach.
+Give a model one prompt per object of a COCO instances file, or of generated scenes that no training run saw, and
+compare its masks with theirs, at the pictures' own resolution. Of the three masks the one with the highest predicted
+IoU counts; "best of 3" is what a perfect choice would reach.
 
 prompts:
   center   a click on the object's deepest pixel (maximum of the distance transform)
@@ -31,17 +28,19 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     """Register the command."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="measure mIoU on a COCO file",
+        help="measure mIoU on a COCO file or on generated scenes",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--annotations", required=True, metavar="A.json", help="COCO instances file")
-    parser.add_argument("--images", required=True, metavar="DIR", help="folder with its pictures")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--annotations", metavar="A.json", help="COCO instances file")
+    source.add_argument("--scenes", type=int, metavar="N", help="N generated scenes, at the model's image size")
+    parser.add_argument("--images", metavar="DIR", help="folder with the pictures of --annotations")
     parser.add_argument(
         "--prompts", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, metavar="P", help="center, uniform, box (all)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random clicks (0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random clicks and of --scenes (0)")
     parser.add_argument("--prompt-chunk", type=int, default=32, metavar="N", help="prompts decoded at once (32)")
     parser.add_argument(
         "--output", metavar="metrics.json", help="write the numbers, command, machine and versions here"
@@ -52,13 +51,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, print a table, write the file."""
-    from ..data.coco import CocoSamples
     from ..evaluation import evaluate
 
+    if (args.annotations is None) != (args.images is None):
+        raise ValueError("--annotations and --images go together")
+    if args.scenes is not None and args.scenes < 1:
+        raise ValueError(f"--scenes must be at least 1, got {args.scenes}")
     if args.output:
         check_writable(Path(args.output).parent)
-    samples = CocoSamples(args.annotations, args.images)
+    samples = _coco_samples(args) if args.annotations else None
     model, processor = load_model(args)
+    if samples is None:
+        samples = _scene_samples(args, processor)
     start = time.perf_counter()
     metrics = evaluate(
         model, processor, samples, tuple(args.prompts), args.seed, limit=args.limit, prompt_chunk=args.prompt_chunk
@@ -67,9 +71,22 @@ def run(args: argparse.Namespace) -> int:
     print(format_table(metrics))
     if args.output:
         record = {"metrics": metrics, "seconds": round(seconds, 1), **_describe_run(args, model)}
-        write_text(Path(args.output), json.dumps(record, indent=2) + "\n")
+        write_json(Path(args.output), record)
         print(f"wrote {args.output}")
     return 0
+
+
+def _coco_samples(args: argparse.Namespace) -> Any:
+    from ..data.coco import CocoSamples
+
+    return CocoSamples(args.annotations, args.images)
+
+
+def _scene_samples(args: argparse.Namespace, processor: Any) -> list[dict[str, Any]]:
+    """Held-out scenes at the size the model sees pictures in."""
+    from ..training.scene_batches import HELD_OUT, scene_samples
+
+    return scene_samples(args.scenes, seed=args.seed + HELD_OUT, image_size=processor.image_processor.size["height"])
 
 
 def format_table(metrics: dict[str, Any]) -> str:
@@ -93,40 +110,14 @@ def format_table(metrics: dict[str, Any]) -> str:
 
 def _describe_run(args: argparse.Namespace, model: Any) -> dict[str, Any]:
     """Command, model, date, machine and versions, so that the numbers can be repeated."""
-    import torch
-    import transformers
-
-    from .. import __version__
+    from ..machine import describe_machine, describe_versions
 
     parameter = next(model.parameters())
-    machine = {
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(parameter.device) if parameter.is_cuda else str(parameter.device),
-    }
-    versions = {
-        "efficientsam_hf": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
     return {
         "command": shlex.join(["efficientsam", *args.argv]),
         "model": str(args.model or "default checkpoint"),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine,
-        "versions": versions,
+        "machine": describe_machine(parameter.device),
+        "versions": describe_versions(),
     }
-
-
-def _cpu_name() -> str:
-    """Model name of the processor, as Linux tells it, else the architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -15,7 +15,6 @@ OUTPUT_DIR/model, a folder for from_pretrained with the averaged weights.
   efficientsam finetune --recipe smoke --output-dir runs/smoke
   efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --eval-annotations A.json --eval-images DIR
   efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --resume"""
-HELD_OUT = 1_000_003  # added to the seed for evaluation scenes
 STOPPED = 128  # plus the signal's number: the exit code of a run that a signal ended
 
 
@@ -130,7 +129,7 @@ def _scene_batches(arguments: Any) -> Any:
 
 def _scene_samples(arguments: Any) -> list[dict[str, Any]]:
     """Held-out scenes at the last stage's size, with up to `objects_per_image` objects each."""
-    from ..training.scene_batches import scene_samples
+    from ..training.scene_batches import HELD_OUT, scene_samples
 
     return scene_samples(
         arguments.evaluate_scenes,

@@ -21,6 +21,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """Model in evaluation mode on its device, and processor; `ValueError` or `OSError` that names what is wrong."""
     import torch
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
     from transformers import AutoModelForMaskGeneration, AutoProcessor
     from transformers.utils import logging
 
@@ -35,7 +37,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     try:
         model = AutoModelForMaskGeneration.from_pretrained(name, **options)
         processor = AutoProcessor.from_pretrained(name)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load a promptable model from {name}: {reason[:300]}") from error
     finally:

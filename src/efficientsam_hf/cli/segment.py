@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..files import check_writable, write_png, write_text
 from ..models.rle_efficientsam import encode_rle
 from ..visualization import draw_labels, draw_masks, draw_prompts, label_anchors, object_color
 from .loading import add_model_options, load_model
-from .output import check_writable, write_png, write_text
 
 
 DESCRIPTION = """\
@@ -215,7 +215,8 @@ def segment(
     masks = []
     for index, order in enumerate(keep):  # one object at a time: full-size logits of all of them may not fit
         logits = outputs.pred_masks[0, index, order.to(model.device)][None].float().cpu()
-        masks.append(processor.post_process_masks(logits[None], inputs["original_sizes"])[0][0].numpy())
+        full = processor.post_process_masks(logits[None], inputs["original_sizes"], inputs["reshaped_input_sizes"])
+        masks.append(full[0][0].numpy())
     return masks, scores.gather(1, keep).numpy()
 
 

@@ -50,8 +50,6 @@ class EfficientSamVisionConfig(BackboneConfigMixin, PreTrainedConfig):
             Epsilon of every layer norm in the encoder and its neck.
         attention_dropout (`float`, *optional*, defaults to 0.0):
             Dropout of the attention weights in training.
-        initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of freshly initialised tokens and tables that have no scheme of their own.
         qkv_bias (`bool`, *optional*, defaults to `True`):
             Whether the query, key and value projections have a bias.
         mlp_ratio (`float`, *optional*, defaults to 4.0):
@@ -72,7 +70,6 @@ class EfficientSamVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     hidden_act: str = "gelu"
     layer_norm_eps: float = 1e-6
     attention_dropout: float | int = 0.0
-    initializer_range: float = 0.02
     qkv_bias: bool = True
     mlp_ratio: float | int = 4.0
     _out_features: list[str] | None = None
@@ -240,6 +237,11 @@ class EfficientSamConfig(PreTrainedConfig):
         }
         if len(set(widths.values())) > 1:
             raise ValueError(f"These widths must be equal: {widths}")
+        if self.vision_config.patch_size != 16:
+            raise ValueError(
+                f"vision_config.patch_size is {self.vision_config.patch_size}, expected 16: the decoder's masks are a "
+                "quarter of the image's size, four times the grid of patches"
+            )
         super().__post_init__(**kwargs)
 
     @classmethod

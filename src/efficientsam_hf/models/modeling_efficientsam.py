@@ -125,8 +125,10 @@ class EfficientSamPromptEncoder(nn.Module):
         """Bring every object to `padded_prompt_tokens` tokens, real ones first: (B, Q, T, 2) -> (B, Q, limit, 2)."""
         limit, length = self.padded_prompt_tokens, labels.shape[2]
         if length > limit:
-            if not torch.compiler.is_compiling() and bool(((labels != -1).sum(-1) > limit).any()):
-                largest = int((labels != -1).sum(-1).max())
+            # Labels cannot be read in a compiled graph: there padding counts too, so that nothing is cut unseen.
+            compiling = torch.compiler.is_compiling()
+            if compiling or bool(((labels != -1).sum(-1) > limit).any()):
+                largest = length if compiling else int((labels != -1).sum(-1).max())
                 raise ValueError(
                     f"an object has {largest} prompt tokens, but this checkpoint takes at most {limit} "
                     "(a point is one token, a box is two)"
@@ -448,6 +450,7 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         Gradients flow unless the caller disables them.
         """
         check_keyword_arguments("get_image_embeddings", kwargs)
+        kwargs.pop("return_dict", None)
         tokens = self.vision_encoder(pixel_values, **kwargs).last_hidden_state
         return self.neck(tokens, grid_size_of(pixel_values, self.config.vision_config.patch_size))
 
@@ -463,8 +466,10 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         """Decode every mask token; arguments and errors are those of `forward`.
 
         Returns logits (B, Q, 4, 4h, 4w), predicted IoU (B, Q, 4) and which objects are real (B, Q). Mask 0 is the
-        answer for `multimask_output=False`, masks 1 to 3 are the three candidates.
+        answer for `multimask_output=False`, masks 1 to 3 are the three candidates. Within `torch.compile` the values
+        of labels are not checked; the processor has done that.
         """
+        check_keyword_arguments("decode_prompts", kwargs)
         input_labels = self._check_prompts(image_embeddings, input_points, input_labels, input_boxes, input_masks)
         image_embeddings = image_embeddings.to(self._compute_dtype(image_embeddings.device))
         height, width = image_embeddings.shape[2:]
@@ -533,8 +538,6 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         check_keyword_arguments(type(self).__name__, kwargs)
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("expected exactly one of pixel_values and image_embeddings")
-        if input_points is None and input_boxes is None and input_masks is None:
-            raise ValueError("no prompt: expected at least one of input_points, input_boxes and input_masks")
         vision_outputs = None
         if pixel_values is not None:
             if pixel_values.ndim == 4:  # every 16th pixel: the shape of the embeddings, before the encoder's work
@@ -565,6 +568,8 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
 
     def _check_prompts(self, image_embeddings, input_points, input_labels, input_boxes, input_masks):
         """Raise on prompts that do not fit the images, each other or the checkpoint; return the labels."""
+        if input_points is None and input_boxes is None and input_masks is None:
+            raise ValueError("no prompt: expected at least one of input_points, input_boxes and input_masks")
         _check_prompt_shapes(image_embeddings, input_points, input_labels, input_boxes, input_masks)
         config = self.config.prompt_encoder_config
         if input_masks is not None and not config.mask_prompts:

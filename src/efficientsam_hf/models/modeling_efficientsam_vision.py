@@ -215,7 +215,8 @@ def grid_size_of(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]
     return pixel_values.shape[2] // patch_size, pixel_values.shape[3] // patch_size
 
 
-STANDARD_KEYWORDS = frozenset(TransformersKwargs.__annotations__) | {"return_dict"}
+# Attention here is never causal, so that one is as unknown as any other.
+STANDARD_KEYWORDS = frozenset(TransformersKwargs.__annotations__) - {"is_causal"} | {"return_dict"}
 
 
 def check_keyword_arguments(name: str, kwargs: dict) -> None:
@@ -353,6 +354,7 @@ class EfficientSamBackbone(BackboneMixin, EfficientSamPreTrainedModel):
     @filter_output_hidden_states
     def forward(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> BackboneOutput:
         """Return maps (B, hidden_size, H / 16, W / 16), one for each stage asked for: (B, 3, H, W) -> tuple."""
+        check_keyword_arguments(type(self).__name__, kwargs)
         outputs = self.vision_encoder(pixel_values, **kwargs)
         grid_size = grid_size_of(pixel_values, self.config.patch_size)
         feature_maps = tuple(

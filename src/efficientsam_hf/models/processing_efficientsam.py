@@ -120,16 +120,23 @@ class EfficientSamProcessor(ProcessorMixin):
             original_sizes = encoding["original_sizes"]
         elif kwargs:
             raise TypeError(f"unexpected keyword argument {sorted(kwargs)[0]!r} without images")
-        sizes = [tuple(int(side) for side in size) for size in original_sizes]
-        prompts = self._encode_prompts(sizes, input_points, input_labels, input_boxes, input_masks)
+        sizes = _size_tuples(original_sizes)
+        default = (self.image_processor.size["height"], self.image_processor.size["width"])
+        # `size` and `do_resize` may be overridden in this call, so the images say what the model will see.
+        targets = _size_tuples(encoding.get("reshaped_input_sizes", [default] * len(sizes)))
+        prompts = self._encode_prompts(sizes, targets, input_points, input_labels, input_boxes, input_masks)
         if return_tensors != "pt":
             prompts = {key: value.numpy() for key, value in prompts.items()}
         return EfficientSamBatchFeature({**encoding, **prompts}, tensor_type=return_tensors)
 
-    def _encode_prompts(self, sizes, input_points, input_labels, input_boxes, input_masks) -> dict[str, torch.Tensor]:
+    def _encode_prompts(
+        self, sizes, targets, input_points, input_labels, input_boxes, input_masks
+    ) -> dict[str, torch.Tensor]:
+        """Prompts in pixels of images of `sizes` -> padded tensors in pixels of `targets`, both (height, width)."""
+        mask_size = (targets[0][0] // 4, targets[0][1] // 4) if targets else (0, 0)
         points, labels = parse_points(input_points, input_labels)
         boxes = parse_boxes(input_boxes)
-        masks = parse_masks(input_masks, self._mask_size())
+        masks = parse_masks(input_masks, mask_size)
         given = {"input_points": points, "input_boxes": boxes, "input_masks": masks}
         given = {name: value for name, value in given.items() if value is not None}
         for name, value in given.items():
@@ -144,23 +151,16 @@ class EfficientSamProcessor(ProcessorMixin):
         if boxes is not None:
             boxes = clipped_boxes(boxes, sizes)
         self._check_capabilities(points, labels, boxes, masks)
+        # Model pixels per original pixel, (x, y) of every image.
+        scales = [(to[1] / width, to[0] / height) for (height, width), to in zip(sizes, targets, strict=True)]
         encoded = {}
         if points is not None:
-            encoded["input_points"], encoded["input_labels"] = pad_points(points, labels, self._scales(sizes))
+            encoded["input_points"], encoded["input_labels"] = pad_points(points, labels, scales)
         if boxes is not None:
-            encoded["input_boxes"] = pad_boxes(boxes, self._scales(sizes))
+            encoded["input_boxes"] = pad_boxes(boxes, scales)
         if masks is not None:
-            encoded["input_masks"] = pad_masks(masks, self._mask_size())
+            encoded["input_masks"] = pad_masks(masks, mask_size)
         return encoded
-
-    def _mask_size(self) -> tuple[int, int]:
-        size = self.image_processor.size
-        return size["height"] // 4, size["width"] // 4
-
-    def _scales(self, sizes: list[tuple[int, int]]) -> list[tuple[float, float]]:
-        """Model pixels per original pixel, (x, y) of every image."""
-        target = self.image_processor.size
-        return [(target["width"] / width, target["height"] / height) for height, width in sizes]
 
     def _check_capabilities(self, points, labels, boxes, masks) -> None:
         if masks is not None and not self.mask_prompts:
@@ -189,9 +189,14 @@ class EfficientSamProcessor(ProcessorMixin):
         return self.image_processor.post_process_masks(*args, **kwargs)
 
 
+def _size_tuples(sizes: Any) -> list[tuple[int, int]]:
+    """Lists, arrays or tensors of (height, width) to tuples of integers."""
+    return [tuple(int(side) for side in size) for size in sizes]
+
+
 def _plain(value: Any) -> Any:
-    """Arrays and tensors, also inside lists, to nested lists."""
-    if isinstance(value, (np.ndarray, torch.Tensor)):
+    """Arrays, tensors and numpy's scalars, also inside lists, to nested lists and Python's numbers."""
+    if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
         return value.tolist()
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
@@ -233,7 +238,8 @@ def parse_points(input_points: Any, input_labels: Any) -> tuple[list | None, lis
     depth = _depth(points)
     if depth == 3 and _has_numbers(points):  # one object an image
         points = [[image_points] for image_points in points]
-        labels = None if labels is None else [[image_labels] for image_labels in labels]
+        if isinstance(labels, list):
+            labels = [[image_labels] for image_labels in labels]
     elif depth > 4 or (depth < 3 and _has_numbers(points)):
         raise ValueError(f"input_points is nested {depth} deep, expected (image, object, point, xy)")
     parsed = []
@@ -327,6 +333,9 @@ def parse_masks(input_masks: Any, size: tuple[int, int]) -> list | None:
     """
     if input_masks is None:
         return None
+    nested = isinstance(input_masks, (list, tuple, np.ndarray, torch.Tensor))
+    if not nested or any(masks is None or isinstance(masks, (int, float)) for masks in input_masks):
+        raise ValueError(f"input_masks must be nested (image, object, 1, h, w), got {input_masks!r}")
     parsed = []
     for image, masks in enumerate(input_masks):
         parsed.append([])

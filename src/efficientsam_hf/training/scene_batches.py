@@ -10,11 +10,12 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data.scene_bank import SceneBank
-from ..data.scenes import render_scenes
+from ..data.scenes import render_scenes, scene_seed
 from .normalization import normalize
 from .schedule import Stage
 
 
+HELD_OUT = 1_000_003  # added to a seed for scenes to evaluate on, which no run with a small seed trains on
 SIZE_LIMITS = (0.003, 0.01, 0.03, 0.1, 0.3)  # fractions of the image between which objects count as of like size
 
 
@@ -55,14 +56,14 @@ class SceneBatches:
         first = (number * self.processes + self.rank) * width
         indices = torch.arange(first, first + stage.batch_size, device=device)
         scenes = render_scenes(self.bank, indices, seed=self.seed, image_size=stage.image_size)
-        seed = mix_seed(self.seed, number * self.processes + self.rank)
+        seed = scene_seed(self.seed, number * self.processes + self.rank)
         generator = torch.Generator(device).manual_seed(seed)
         objects, real = choose_objects(scenes.areas, self.objects, generator, self.min_area, self.max_area)
         return {
             "pixel_values": normalize(scenes.images),
             "masks": scenes.masks(objects) & real[..., None, None],
             "object_mask": real,
-            "seed": torch.tensor(mix_seed(seed, 1)),
+            "seed": torch.tensor(scene_seed(seed, 1)),
         }
 
 
@@ -89,7 +90,7 @@ class _CountingSampler(Sampler):
 
 
 def scene_samples(
-    count: int, seed: int, image_size: int, objects: int, min_area: float, max_area: float
+    count: int, seed: int, image_size: int, objects: int = 8, min_area: float = 0.004, max_area: float = 0.9
 ) -> list[dict[str, Any]]:
     """The first `count` scenes of a seed as {"image": PIL RGB, "masks": (N, H, W) bool array}, for evaluation.
 
@@ -99,7 +100,7 @@ def scene_samples(
     samples = []
     for index in range(count):
         scene = render_scenes(bank, torch.tensor([index]), seed=seed, image_size=image_size)
-        generator = torch.Generator().manual_seed(mix_seed(seed, index))
+        generator = torch.Generator().manual_seed(scene_seed(seed, index))
         chosen, real = choose_objects(scene.areas, objects, generator, min_area, max_area)
         masks = scene.masks(chosen)[0][real[0]]
         image = (scene.images[0] * 255).round().byte().permute(1, 2, 0).numpy()
@@ -129,11 +130,3 @@ def choose_objects(
     values, indices = key.topk(count, dim=1)
     real = values > -torch.inf
     return torch.where(real, indices, 0), real
-
-
-def mix_seed(seed: int, number: int) -> int:
-    """A 63-bit seed that differs for neighbouring pairs in every bit (splitmix64)."""
-    value = (seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & (2**64 - 1)
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return (value ^ (value >> 31)) >> 1

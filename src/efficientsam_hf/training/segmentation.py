@@ -59,6 +59,14 @@ class InteractiveSegmentation(nn.Module):
         self.sampling = sampling or PromptSampling()
         self.loss_weights = dict(loss_weights or {})
         self.compiled: dict[str, object] = {}
+        if model.config.prompt_encoder_config.mask_prompts and not self._gives_masks():
+            # Without a gradient they would only be in the way: distributed training waits for every parameter.
+            model.prompt_encoder.mask_embed.requires_grad_(False)
+
+    def _gives_masks(self) -> bool:
+        """Whether any round has mask prompts."""
+        possible = self.model.config.prompt_encoder_config.mask_prompts
+        return possible and self.sampling.rounds > 1 and self.sampling.mask_prompts > 0
 
     def compile_parts(self, **options) -> None:
         """Compile encoder, prompt decoder and losses with `torch.compile(**options)`; prompts stay eager.
@@ -143,7 +151,7 @@ class InteractiveSegmentation(nn.Module):
             "input_labels": point_labels,
             "input_boxes": prompt["input_boxes"][:, :count],
         }
-        if config.mask_prompts and self.sampling.mask_prompts > 0:
+        if self._gives_masks():
             draw = torch.rand(labels.shape, generator=generator, device=labels.device)
             given = draw < self.sampling.mask_prompts
             result["input_masks"] = torch.where(given[..., None, None], answer.float(), 0.0)[:, :, None]

@@ -17,17 +17,9 @@ from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..files import PARTIAL, replace_folder, write_folder, write_json, write_png
 from .arguments import TrainerArguments
-from .checkpoints import (
-    PARTIAL,
-    STATE_FILE,
-    checkpoint_step,
-    list_checkpoints,
-    prune_checkpoints,
-    replace_folder,
-    write_folder,
-    write_json,
-)
+from .checkpoints import STATE_FILE, checkpoint_step, list_checkpoints, prune_checkpoints
 from .ema import WeightAverage
 from .optimizers import make_optimizers
 from .run_folder import RunLog, open_run
@@ -253,9 +245,7 @@ class Trainer:
             picture = module.picture(self.last_batch)
         folder = self.run / "pictures"
         folder.mkdir(exist_ok=True)
-        partial = folder / f"{PARTIAL}{self.step}.png"
-        picture.save(partial)
-        partial.replace(folder / f"step_{self.step:06d}.png")
+        write_png(folder / f"step_{self.step:06d}.png", picture)
 
     # Saving and resuming
 
@@ -266,6 +256,7 @@ class Trainer:
         folder = self.run / "checkpoints" / f"step_{self.step}"
         partial = folder.with_name(PARTIAL + folder.name)
         self.accelerator.save_state(str(partial), safe_serialization=True)
+        self.accelerator.wait_for_everyone()  # every process writes its random state into the folder
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step, "images": self.images, "elapsed": self.elapsed(), "best": self.best,

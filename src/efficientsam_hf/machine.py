@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What computed a number: the machine and the versions, as runs and evaluations record them."""
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # those that decide the speed of matrix products
+PACKAGES = ("efficientsam-hf", "torch", "transformers", "accelerate")
+
+
+def describe_machine(device: torch.device | None = None) -> dict:
+    """CPU model, its instruction sets, cores, torch's threads, and the GPUs: all of them, or the one of `device`."""
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    fields = dict(line.split(":", 1) for line in cpu.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    flags = fields.get("flags", "").split()
+    affinity = getattr(os, "sched_getaffinity", None)
+    used = range(torch.cuda.device_count()) if device is None else [device] if device.type == "cuda" else []
+    return {
+        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
+        "cpu_features": [name for name in CPU_FEATURES if name in flags],
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in used],
+    }
+
+
+def describe_versions() -> dict[str, str | None]:
+    """Versions of Python and of the packages that compute; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

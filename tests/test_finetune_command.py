@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The way from nothing to a published folder through the real command line, with a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from efficientsam_hf import EfficientSamModel
+from efficientsam_hf.cli import main
+
+
+TRAIN = "finetune --recipe smoke --image-sizes 64 --evaluate-scenes 1 --evaluate-every 2 --checkpoint-every 2".split()
+
+
+def events(run: Path, name: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == name]
+
+
+def test_train_resume_evaluate_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, metrics, folder = tmp_path / "run", tmp_path / "metrics.json", tmp_path / "tiny"
+    command = [*TRAIN, "--max-steps", "4", "--output-dir", str(run)]
+    assert main(command) == 0
+    assert "4 steps, 16 images" in capsys.readouterr().out
+    assert [line["step"] for line in events(run, "evaluation")] == [2, 4]
+    assert main([*command, "--resume"]) == 0  # there is nothing left to do, and that is no error
+    assert events(run, "resume")[0]["step"] == 4
+    evaluate = ["evaluate", "--model", str(run / "model"), "--scenes", "2", "--output", str(metrics)]
+    assert main([*evaluate, "--device", "cpu", "--prompts", "box"]) == 0
+    assert main(["export", str(run), str(folder), "--metrics", str(metrics)]) == 0
+    assert "generated scenes" in (folder / "README.md").read_text()
+    trained, exported = (EfficientSamModel.from_pretrained(path) for path in (run / "model", folder))
+    for name, weight in exported.state_dict().items():
+        torch.testing.assert_close(weight, trained.state_dict()[name], atol=1e-3, rtol=1e-3)
+
+
+def test_training_goes_on_from_a_folder_and_moves_every_weight(tmp_path: Path) -> None:
+    main([*TRAIN, "--max-steps", "2", "--output-dir", str(tmp_path / "first")])
+    start = tmp_path / "first" / "model"
+    flags = ["--model", str(start), "--model-overrides", "{}", "--optimizer", "muon", "--mask-prompts", "1"]
+    assert main([*TRAIN, *flags, "--max-steps", "4", "--output-dir", str(tmp_path / "second")]) == 0
+    before, after = (
+        EfficientSamModel.from_pretrained(path).state_dict() for path in (start, tmp_path / "second" / "model")
+    )
+    still = [name for name, weight in after.items() if torch.equal(weight, before[name])]
+    # What this model has no use for: padding is masked out, and the matrix of the encoding is fixed.
+    assert set(still) <= {"prompt_encoder.padding_embed.weight", "prompt_encoder.positional_encoding.gaussian_matrix"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_two_processes_train_one_model(tmp_path: Path, rounds: int) -> None:
+    run = tmp_path / "run"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "efficientsam_hf.cli"]
+    flags = ["--max-steps", "4", "--prompt-rounds", str(rounds), "--output-dir", str(run)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for resume in ([], ["--resume"]):
+        done = subprocess.run([*launch, *TRAIN, *flags, *resume], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    assert events(run, "end")[0]["images"] == 4 * 4 * 2
+    assert len(list((run / "checkpoints" / "step_4").glob("random_states_*.pkl"))) == 2
