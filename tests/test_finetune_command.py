@@ -56,17 +56,8 @@ def test_training_goes_on_from_a_folder_and_moves_every_weight(tmp_path: Path) -
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_two_processes_train_one_model(tmp_path: Path, rounds: int) -> None:
     run = tmp_path / "run"
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "-m", "efficientsam_hf.cli"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += ["-m", "efficientsam_hf.cli"]
     flags = ["--max-steps", "4", "--prompt-rounds", str(rounds), "--output-dir", str(run)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for resume in ([], ["--resume"]):

@@ -16,7 +16,7 @@ import torch
 from .scene_bank import LEVEL_X, LEVEL_Y, ROW_HEIGHT, TEXTURE_LEVELS, TEXTURE_SIZE, SceneBank
 
 
-SHAPE_DRAWS, LOOK_DRAWS, PLACE_DRAWS, SCENE_DRAWS = 8, 36, 10, 64
+SHAPE_DRAWS, LOOK_DRAWS, PLACE_DRAWS, SCENE_DRAWS = 8, 40, 10, 64
 REGIONS = 5  # slot 0 covers everything; slots 1 to 4 are the regions in front of it
 
 
@@ -101,6 +101,7 @@ TEXTURES_BY_ROLE = {
     },
     "building": {"grid": 0.6, "plain": 0.1, "clouds": 0.15, "stripes": 0.15},
 }
+PATCHES = {"foliage": 0.7, "clouds": 0.1, "stripes": 0.1, "cells": 0.1}
 SECOND_TEXTURES = {"clouds": 0.4, "foliage": 0.15, "leaves": 0.15, "streaks": 0.15, "ridges": 0.15}
 
 
@@ -246,7 +247,7 @@ def _scene_numbers(draws: _Draws) -> dict[str, torch.Tensor]:
         "spread": take(4),
         "hues": take(6),
         "saturation": take(),
-        "lightness": 0.43 + 0.09 * _normal(take()),
+        "lightness": 0.46 + 0.1 * _normal(take()),
         "variety": _between(take(), 0.6, 1.3),
         "light": torch.stack([torch.cos(angle), torch.sin(angle)], -1),
         "slope": _between(take(), 0.0, 0.5) ** 1.5,
@@ -302,6 +303,7 @@ def _place_slots(bank, place, shape, scene, repeats) -> dict[str, torch.Tensor]:
     batch, count = place.shape[:2]
     table = {
         "active": torch.zeros(batch, count, dtype=torch.bool),
+        "composite": torch.zeros(batch, count, dtype=torch.bool),
         "outline": torch.zeros(batch, count, dtype=torch.long),
         "centre": torch.full((batch, count, 2), 0.5, dtype=torch.float64),
         "inverse": torch.eye(2, dtype=torch.float64).repeat(batch, count, 1, 1),
@@ -324,6 +326,7 @@ def _place_slots(bank, place, shape, scene, repeats) -> dict[str, torch.Tensor]:
             values = _part(bank, index, slot, *columns, table)
         for name, value in values.items():
             table[name][:, index] = value
+    del table["composite"]  # only parts ask for it
     return table
 
 
@@ -407,10 +410,10 @@ def _strand(bank, place, shape) -> dict[str, torch.Tensor]:
 
 
 def _body(bank, index, slot, place, shape, scene, repeats) -> dict[str, torch.Tensor]:
-    """The main outline of a thing. Draw 0 of `shape` decides on the family, so that copies share it."""
+    """The main outline of a thing, and whether it is composite: has most of the patches inside that it can have."""
     ranges = bank.outline_ranges
     low, high = {"large": (0.2, 0.62), "medium": (0.08, 0.23), "small": (0.02, 0.11)}[slot.size]
-    shape.take()
+    composite = shape.take() < 0.4
     tile = _pick(shape.take(), OUTLINES_BY_ROLE["body"], ranges)
     upright = _in_family(tile, ("person", "plant", "building"), ranges)
     rigid = upright | _in_family(tile, ("animal", "glyph"), ranges)
@@ -432,6 +435,7 @@ def _body(bank, index, slot, place, shape, scene, repeats) -> dict[str, torch.Te
     man_made = _in_family(tile, ("building", "glyph", "box", "polygon", "disc", "star", "ring"), ranges)
     return {
         "active": place.take() < torch.where(repeated, 0.75, likely),
+        "composite": composite,
         "outline": tile,
         "centre": centre,
         "inverse": _matrix(angle, scale * flip, scale * squeeze),
@@ -476,6 +480,8 @@ def _part(bank, index, slot, place, shape, table) -> dict[str, torch.Tensor]:
     turn = torch.where(place.take() < 0.5, 0.15 * _normal(place.take()), 2 * math.pi * place.take())
     inverse = _matrix(turn, relative, relative * squeeze) @ table["inverse"][:, slot.body]
     probability = {"limb": 0.4, "inner": 0.25 if across else 0.33}[slot.role]
+    if slot.role == "inner":
+        probability = torch.where(table["composite"][:, slot.body], 0.85, probability)
     return {
         "active": (place.take() < probability) & table["active"][:, slot.body],
         "outline": tile,
@@ -534,18 +540,26 @@ def _look_slots(bank, draws, geometry, scene) -> dict[str, torch.Tensor]:
     fade = 1 - haze[..., 0]
     texture, matrix = _texture_placement(bank, take, geometry, region)
     light = scene["light"][:, None] * torch.where(region, 0.25, 1.0)[:, None]
-    strength = _between(take(), 0.0, 0.3) / geometry["reach"].clamp_min(0.02) * torch.where(region, 0.6, 1.0)
+    strength = 1.4 * take() ** 2 / geometry["reach"].clamp_min(0.02) * torch.where(region, 0.4, 1.0)
     strength = strength[:, body]
     contrast = _log_between(take(), 0.07, 0.7) * fade
-    # The second texture is fine grain in lightness, or a slow change towards another colour.
-    fine = take() < 0.5
-    towards = (other - base) * (0.6 * take() ** 1.5)[..., None]
+    # The second texture is fine grain in lightness, or a slow change towards another colour. Of patchy things it makes
+    # two looks, as hides, snow on rock and worn paint are: a region is not what has one colour.
+    patchy = (take() < 0.35) & ~inner
+    fine = (take() < 0.5) & ~patchy
+    towards = (other - base) * torch.where(patchy, _between(take(), 0.25, 0.5), 0.6 * take() ** 1.5)[..., None]
+    base = torch.where(patchy[..., None], base + towards, base)
+    second = torch.where(
+        patchy,
+        _pick(take(), PATCHES, bank.texture_ranges),
+        _pick(take(), SECOND_TEXTURES, bank.texture_ranges),
+    )
     return {
         "matrix": matrix,
         "offset": take(2),
         "texture": texture,
         "ratio": torch.where(fine, _between(take(), 1.7, 4.0), _between(take(), 0.2, 0.6)),
-        "second": _pick(take(), SECOND_TEXTURES, bank.texture_ranges),
+        "second": second,
         "blur": scene["defocus"][:, None] * torch.tensor([1.0 if k < REGIONS else 0.0 for k in range(len(SLOTS))]),
         "base": base,
         "contrast": contrast,

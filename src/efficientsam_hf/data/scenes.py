@@ -235,7 +235,7 @@ def _shade(bank, tables, segments, distance, size) -> torch.Tensor:
     towards = [next(values) for _ in range(3)]
     light = next(values) * x + next(values) * y
     light = light + next(values)
-    light = light.clamp(0.45, 1.6) * (1 - next(values) * (1 - 12 * distance).clamp(0, 1))
+    light = light.clamp(0.2, 1.8) * (1 - next(values) * (1 - 12 * distance).clamp(0, 1))
     planes = [(base[c] * bright + hue[c] * pattern[:, 1] + towards[c] * second).clamp_min(0) * light for c in range(3)]
     return torch.stack(planes, 1)
 
