@@ -74,7 +74,7 @@ def test_core_runs_without_optional_packages() -> None:
 
 
 def test_training_imports_without_datasets() -> None:
-    run(WITHOUT + IMPORT_ALL, "torchvision,datasets,gradio,pycocotools,skimage,scipy", "none left out")
+    assert run(WITHOUT + IMPORT_ALL, "torchvision,datasets,gradio,pycocotools,skimage,scipy", "none left out") == ""
 
 
 def test_import_brings_nothing_heavy_along() -> None:

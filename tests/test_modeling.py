@@ -567,7 +567,12 @@ def test_flex_attention_gives_what_sdpa_gives(pixel_values, prompts, monkeypatch
 
 
 @torch.no_grad()
-def check_compiled(backend: str, pixel_values: torch.Tensor, prompts: dict[str, torch.Tensor]) -> None:
+@pytest.mark.parametrize(
+    "backend",
+    # inductor warns about itself
+    ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")])],
+)
+def test_compiles_as_one_graph(backend, pixel_values, prompts) -> None:
     model = tiny_model()
     torch.compiler.reset()
     embeddings = model.get_image_embeddings(pixel_values)
@@ -581,16 +586,6 @@ def check_compiled(backend: str, pixel_values: torch.Tensor, prompts: dict[str, 
         assert_same(masks, expected[0])
         assert_same(iou_scores, expected[1])
         assert torch.equal(object_mask, expected[2])
-
-
-def test_compiles_as_one_graph(pixel_values, prompts) -> None:
-    check_compiled("eager", pixel_values, prompts)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # inductor's own
-def test_compiles_with_inductor(pixel_values, prompts) -> None:
-    check_compiled("inductor", pixel_values, prompts)
 
 
 def test_six_token_rule_compiles(pixel_values, points) -> None:

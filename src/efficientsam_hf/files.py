@@ -40,9 +40,9 @@ def write_text(path: Path, text: str) -> None:
     write_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
-def write_json(path: Path, content: Any, indent: int = 2) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write a JSON file; what JSON does not know is written as `str` gives it."""
-    write_text(path, json.dumps(content, indent=indent, default=str) + "\n")
+    write_text(path, json.dumps(content, indent=2, default=str) + "\n")
 
 
 def write_png(path: Path, image: Image.Image) -> None:

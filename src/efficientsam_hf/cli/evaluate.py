@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`efficientsam evaluate`: mIoU of a model on a COCO file, by kind of prompt."""
+"""`efficientsam evaluate`: mIoU of a model on a COCO file or on generated scenes, by kind of prompt."""
 
 import argparse
 import datetime

@@ -3,7 +3,6 @@
 
 import argparse
 import io
-import json
 import math
 import sys
 from dataclasses import asdict, dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..files import check_writable, write_png, write_text
+from ..files import check_writable, write_json, write_png
 from ..models.rle_efficientsam import encode_rle
 from ..visualization import draw_labels, draw_masks, draw_prompts, label_anchors, object_color
 from .loading import add_model_options, load_model
@@ -251,7 +250,7 @@ def write_results(
         record = {"prompts": asdict(prompt), **described[0], "files": names}
         records.append(record if len(masks) == 1 else {**record, "candidates": described})
     content = {"image": source, "size": [image.height, image.width], "objects": records}
-    write_text(folder / "masks.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder / "masks.json", content)
     write_png(folder / "overlay.png", draw_overlay(image, objects, [masks[0] for masks in candidates], scores[:, 0]))
     return records
 

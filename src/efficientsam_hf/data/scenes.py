@@ -18,6 +18,7 @@ from .scene_bank import ROW_HEIGHT, TEXTURE_SIZE, SceneBank
 from .scene_layout import BODIES, DRAWS, GROUP_LENGTH, SLOTS, SceneTables, lay_out
 
 
+IMAGE_SIZES = (64, 1024)  # smallest and largest side in pixels
 SMALLEST_AREA, LARGEST_AREA = 0.002, 0.9
 SAME_MASK = 0.95
 CACHED_PIXELS = 4 * 256**2
@@ -67,7 +68,7 @@ def _check(indices: Sequence[int], image_size: int) -> list[int]:
     indices = [int(index) for index in indices]
     if not indices or min(indices) < 0:
         raise ValueError(f"indices must be at least one number >= 0, got {indices}")
-    if image_size != int(image_size) or image_size % 2 or not 64 <= image_size <= 1024:
+    if image_size != int(image_size) or image_size % 2 or not IMAGE_SIZES[0] <= image_size <= IMAGE_SIZES[1]:
         raise ValueError(f"image_size must be an even number from 64 to 1024, got {image_size}")
     return indices
 

@@ -13,11 +13,11 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..data.scenes import IMAGE_SIZES
 from .schedule import Stage, parse_stages
 from .segmentation import PromptSampling
 
 
-SCENE_SIZES = (64, 1024)  # of data.scenes, which is not imported for a command's --help
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 Arguments = TypeVar("Arguments")
 
@@ -156,10 +156,9 @@ class FinetuneArguments(TrainerArguments):
         if not self.train_scenes:
             raise ValueError("no training data: give train_scenes (--train-scenes)")
         sizes = [stage.image_size for stage in self.stages()]
-        if not SCENE_SIZES[0] <= min(sizes) <= max(sizes) <= SCENE_SIZES[1]:
-            raise ValueError(
-                f"image_sizes: scenes are rendered at {SCENE_SIZES[0]} to {SCENE_SIZES[1]} pixels, got {sizes}"
-            )
+        smallest, largest = IMAGE_SIZES
+        if not smallest <= min(sizes) <= max(sizes) <= largest:
+            raise ValueError(f"image_sizes: scenes are rendered at {smallest} to {largest} pixels, got {sizes}")
         if bool(self.eval_annotations) != bool(self.eval_images):
             raise ValueError("eval_annotations and eval_images go together, got only one of them")
         for name in ("eval_annotations", "eval_images"):
