@@ -102,6 +102,20 @@ def test_loss_is_the_weighted_sum_of_its_parts() -> None:
     torch.testing.assert_close(result["loss"], expected)
 
 
+def test_balanced_alpha_puts_an_even_chance_at_logit_zero() -> None:
+    logits = torch.linspace(-3, 3, 601)
+    targets = torch.tensor([1.0, 0.0])  # each cell is mask in one of two cases
+    for alpha, expected in ((0.5, 0.0), (0.25, -0.41)):
+        losses = [focal_loss(value.expand(2)[:, None, None], targets[:, None, None], alpha).mean() for value in logits]
+        assert logits[torch.stack(losses).argmin()].item() == pytest.approx(expected, abs=0.02)
+    example_logits, scores, targets, real = example()
+    quarter, half = (
+        segmentation_losses(example_logits, scores, targets, real, dice_weight=0.0, iou_weight=0.0, focal_alpha=alpha)
+        for alpha in (0.25, 0.5)
+    )
+    assert quarter["loss"] != half["loss"]
+
+
 def test_padding_weighs_nothing() -> None:
     logits, scores, targets, real = example()
     alone = segmentation_losses(logits[:, :2], scores[:, :2], targets[:, :2], real[:, :2])

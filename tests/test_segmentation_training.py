@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamModel
+from efficientsam_hf.data.prompts import tight_boxes
 from efficientsam_hf.data.scene_bank import SceneBank
 from efficientsam_hf.training.attention import use_matrix_products
 from efficientsam_hf.training.normalization import denormalize, normalize
@@ -103,6 +104,26 @@ def test_first_prompts_of_each_kind(kind) -> None:
             assert (call["input_points"][0, 0, 0] - torch.tensor([17.0, 24.0])).abs().max() <= 4
 
 
+def test_boxes_are_exact_as_often_as_asked() -> None:
+    weights = {"uniform": 0.0, "center": 0.0, "box": 1.0, "box_and_point": 0.0, "rounds": 1}
+    batch = example_batch()
+    real = batch["object_mask"]
+    tight = tight_boxes(batch["masks"])[real]
+    shares, distances = {}, {}
+    for name, sampling in (
+        ("always", PromptSampling(**weights, exact_boxes=1.0)),
+        ("half", PromptSampling(**weights, exact_boxes=0.5)),
+        ("never", PromptSampling(**weights)),
+        ("less noise", PromptSampling(**weights, box_noise=0.02)),
+    ):
+        shifts = torch.stack([call["input_boxes"][real] - tight for call in record(sampling)])
+        shares[name] = (shifts == 0).all(-1).float().mean().item()
+        distances[name] = shifts.abs().mean().item()
+    assert shares["always"] == 1 and shares["never"] == 0
+    assert 0.3 < shares["half"] < 0.7
+    assert distances["less noise"] < 0.4 * distances["never"]
+
+
 def test_rounds_keep_prompts_and_add_corrections() -> None:
     calls = record(PromptSampling(rounds=3, corrected_objects=2, mask_prompts=1.0))
     masks = example_batch()["masks"]
@@ -179,7 +200,15 @@ def test_compiled_parts_give_the_same_loss_and_gradients() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rounds", 0), ("corrected_objects", 0), ("mask_prompts", 1.5), ("uniform", -1.0)]
+    ("field", "value"),
+    [
+        ("rounds", 0),
+        ("corrected_objects", 0),
+        ("mask_prompts", 1.5),
+        ("exact_boxes", -0.1),
+        ("box_noise", -0.1),
+        ("uniform", -1.0),
+    ],
 )
 def test_bad_sampling_is_named(field, value) -> None:
     with pytest.raises(ValueError, match="first prompt" if field == "uniform" else field):

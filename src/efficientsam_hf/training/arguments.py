@@ -20,6 +20,7 @@ from .segmentation import PromptSampling
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 Arguments = TypeVar("Arguments")
+LOSS_WEIGHTS = ("focal_weight", "dice_weight", "iou_weight", "single_weight")
 
 
 def option(default: Any, help: str, **metadata: Any) -> Any:
@@ -142,7 +143,10 @@ class FinetuneArguments(TrainerArguments):
     box_prompts: float = option(0.3, "Weight of a noisy box as first prompt.")
     box_and_point_prompts: float = option(0.1, "Weight of box and uniform click together as first prompt.")
     mask_prompts: float = option(0.5, "Probability that a correction also gets the last logits as mask prompt.")
+    box_noise: float = option(0.1, "Standard deviation of a noisy box's edges as a fraction of its side (SAM: 0.1).")
+    exact_boxes: float = option(0.0, "Probability that a box is the tight one, without noise.")
     focal_weight: float = option(20.0, "Weight of the focal loss.")
+    focal_alpha: float = option(0.25, "Weight of foreground against background in the focal loss (RetinaNet: 0.25).")
     dice_weight: float = option(1.0, "Weight of the dice loss.")
     iou_weight: float = option(1.0, "Weight of the squared error of the predicted IoU.")
     single_weight: float = option(1.0, "Weight of the single-mask token beside the best of three.")
@@ -174,8 +178,9 @@ class FinetuneArguments(TrainerArguments):
             self._check(name, lambda value: value >= 0, "at least 0")
         for name in ("objects_per_image", "eval_limit"):
             self._check(name, lambda value: value is None or value >= 1, "at least 1")
-        for name in ("focal_weight", "dice_weight", "iou_weight", "single_weight"):
+        for name in LOSS_WEIGHTS:
             self._check(name, lambda value: value >= 0, "at least 0")
+        self._check("focal_alpha", lambda value: 0 < value < 1, "between 0 and 1")
         if not isinstance(self.overrides(), dict):
             raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
         self.sampling()
@@ -194,11 +199,13 @@ class FinetuneArguments(TrainerArguments):
             rounds=self.prompt_rounds,
             corrected_objects=self.corrected_objects,
             mask_prompts=self.mask_prompts,
+            box_noise=self.box_noise,
+            exact_boxes=self.exact_boxes,
         )
 
     def loss_weights(self) -> dict[str, float]:
         """Weights of the losses by the names `segmentation_losses` gives them."""
-        return {name: getattr(self, name) for name in ("focal_weight", "dice_weight", "iou_weight", "single_weight")}
+        return {name: getattr(self, name) for name in (*LOSS_WEIGHTS, "focal_alpha")}
 
 
 def add_flags(parser: argparse.ArgumentParser, arguments: type) -> None:

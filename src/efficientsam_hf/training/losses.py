@@ -69,18 +69,21 @@ def segmentation_losses(
     dice_weight: float = 1.0,
     iou_weight: float = 1.0,
     single_weight: float = 1.0,
+    focal_alpha: float = 0.25,
 ) -> dict[str, torch.Tensor]:
     """Loss and metrics of one prompt round, all scalars.
 
     `logits` (B, Q, 4, h, w), `iou_predictions` (B, Q, 4), `targets` (B, Q, h, w) in [0, 1], `object_mask` (B, Q) bool.
     Of mask tokens 1 to 3 only the one with the lowest loss is trained (SAM paper, section 3), so that they can settle
     on different readings of an ambiguous prompt; token 0, the single-mask answer, is trained with `single_weight`.
-    The scores of all four learn the actual IoU. Objects where `object_mask` is False weigh nothing; what remains is
-    averaged over the real objects. `miou` is that of the multimask token with the highest score, as it is used.
+    With `focal_alpha` below 0.5 a cell that is mask in every second case gets a negative logit (-0.41 for 0.25): masks
+    of uncertain objects come out too small. The scores of all four learn the actual IoU. Objects where `object_mask`
+    is False weigh nothing; what remains is averaged over the real objects. `miou` is that of the multimask token
+    with the highest score, as it is used.
     """
     logits, iou_predictions = logits.float(), iou_predictions.float()
     expanded = targets[:, :, None]
-    focal, dice = focal_loss(logits, expanded), dice_loss(logits, expanded)
+    focal, dice = focal_loss(logits, expanded, focal_alpha), dice_loss(logits, expanded)
     actual = thresholded_iou(logits.detach(), binary_targets(targets)[:, :, None])
     total = focal_weight * focal + dice_weight * dice
     chosen = total[..., 1:].argmin(-1, keepdim=True) + 1

@@ -3,15 +3,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..data.scene_bank import SceneBank
 from ..data.scenes import render_scenes, scene_seed
 from .normalization import normalize
+from .numbered_batches import numbered_batches
 from .schedule import Stage
 
 
@@ -40,14 +41,7 @@ class SceneBatches:
 
     def __call__(self, start: int, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
         """Batches from number `start` on, without end."""
-        loader = DataLoader(
-            _SceneDataset(self, stage),
-            sampler=_CountingSampler(start),
-            batch_size=None,
-            num_workers=self.workers,
-            prefetch_factor=2 if self.workers else None,
-        )
-        return iter(loader)
+        return numbered_batches(partial(self.batch, stage=stage), start, self.workers)
 
     def batch(self, number: int, stage: Stage) -> dict[str, torch.Tensor]:
         """Batch `number`: pixel_values (B, 3, H, W), masks (B, Q, H, W), object_mask (B, Q), seed ()."""
@@ -65,28 +59,6 @@ class SceneBatches:
             "object_mask": real,
             "seed": torch.tensor(scene_seed(seed, 1)),
         }
-
-
-class _SceneDataset(Dataset):
-    def __init__(self, source: SceneBatches, stage: Stage):
-        self.source = source
-        self.stage = stage
-
-    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        return self.source.batch(number, self.stage)
-
-
-class _CountingSampler(Sampler):
-    """start, start + 1, ... without end."""
-
-    def __init__(self, start: int):
-        self.start = start
-
-    def __iter__(self) -> Iterator[int]:
-        number = self.start
-        while True:
-            yield number
-            number += 1
 
 
 def scene_samples(

@@ -24,6 +24,8 @@ class PromptSampling:
     rounds: int = 2
     corrected_objects: int | None = None
     mask_prompts: float = 0.5
+    box_noise: float = 0.1
+    exact_boxes: float = 0.0
 
     def __post_init__(self):
         weights = (self.uniform, self.center, self.box, self.box_and_point)
@@ -33,8 +35,11 @@ class PromptSampling:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
         if self.corrected_objects is not None and self.corrected_objects < 1:
             raise ValueError(f"corrected_objects must be at least 1 or None, got {self.corrected_objects}")
-        if not 0 <= self.mask_prompts <= 1:
-            raise ValueError(f"mask_prompts is a probability, got {self.mask_prompts}")
+        for name in ("mask_prompts", "exact_boxes"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a probability, got {getattr(self, name)}")
+        if self.box_noise < 0:
+            raise ValueError(f"box_noise must be at least 0, got {self.box_noise}")
 
 
 class InteractiveSegmentation(nn.Module):
@@ -126,7 +131,10 @@ class InteractiveSegmentation(nn.Module):
         )
         labels = torch.where(object_mask & (kind != 2), 1, -1)
         clicks = prompts.points_in_cells(clicks, torch.ones_like(labels), masks, 4, generator)
-        boxes = prompts.jitter_boxes(prompts.tight_boxes(masks), (height, width), generator)
+        tight = prompts.tight_boxes(masks)
+        boxes = prompts.jitter_boxes(tight, (height, width), generator, s.box_noise)
+        exact = torch.rand(object_mask.shape, generator=generator, device=masks.device) < s.exact_boxes
+        boxes = torch.where(exact[..., None], tight, boxes)
         boxes = torch.where((object_mask & (kind >= 2))[..., None], boxes, -1.0)
         return targets, {
             "input_points": _pad(clicks[:, :, None], s.rounds, 0.0),
