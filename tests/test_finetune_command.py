@@ -3,15 +3,19 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from efficientsam_hf import EfficientSamModel
 from efficientsam_hf.cli import main
+from efficientsam_hf.models.rle_efficientsam import encode_rle
 
 
 TRAIN = "finetune --recipe smoke --image-sizes 64 --evaluate-scenes 1 --evaluate-every 2 --checkpoint-every 2".split()
@@ -50,6 +54,49 @@ def test_training_goes_on_from_a_folder_and_moves_every_weight(tmp_path: Path) -
     still = [name for name, weight in after.items() if torch.equal(weight, before[name])]
     # What this model has no use for: padding is masked out, and the matrix of the encoding is fixed.
     assert set(still) <= {"prompt_encoder.padding_embed.weight", "prompt_encoder.positional_encoding.gaussian_matrix"}
+
+
+def write_coco(folder: Path, count: int) -> list[str]:
+    """Pictures of noise with a bright rectangle each as a COCO file; returns the flags that train on it."""
+    generator = np.random.default_rng(0)
+    content = {"images": [], "annotations": []}
+    folder.mkdir()
+    for index in range(count):
+        mask = np.zeros((48, 64), bool)
+        mask[8:30, 10 + index : 40 + index] = True
+        pixels = generator.integers(0, 80, (48, 64, 3), np.uint8) + 120 * mask[..., None].astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        content["images"].append({"id": index, "file_name": f"{index}.png", "height": 48, "width": 64})
+        content["annotations"].append({"id": index, "image_id": index, "segmentation": encode_rle(mask)})
+    path = folder / "instances.json"
+    path.write_text(json.dumps(content))
+    return ["--no-train-scenes", "--train-annotations", str(path), "--train-images", str(folder)]
+
+
+def test_training_on_a_coco_file(tmp_path: Path) -> None:
+    flags = write_coco(tmp_path / "data", 5)
+    Path(flags[-1], "3.png").write_bytes(b"no picture")
+    run = tmp_path / "run"
+    flags += ["--horizontal-flip", "0.5", "--min-scale", "0.5", "--max-scale", "2", "--data-workers", "1"]
+    assert main([*TRAIN, *flags, "--max-steps", "5", "--output-dir", str(run)]) == 0
+    skipped = events(run, "skipped")
+    assert [line["sample"] for line in skipped] == [3] and "not a picture" in skipped[0]["reason"]
+    assert events(run, "end")[0]["images"] == 20
+
+
+def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = write_coco(tmp_path / "data", 1)
+    base = ["finetune", "--model", "ti", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]
+    for wrong, words in (
+        ([], "got none"),
+        ([*flags[1:], "--train-scenes"], "got train_scenes and train_annotations"),
+        (flags[:3], "train_annotations and train_images go together"),
+        (["--train-sa1b", str(tmp_path / "missing")], "train_sa1b: .*missing does not exist"),
+        (["--train-scenes", "--horizontal-flip", "0.5"], "for annotated pictures"),
+    ):
+        assert main([*base, *wrong]) == 2
+        assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -14,6 +14,7 @@ OUTPUT_DIR/model, a folder for from_pretrained with the averaged weights.
 
   efficientsam finetune --recipe smoke --output-dir runs/smoke
   efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --eval-annotations A.json --eval-images DIR
+  efficientsam finetune --train-annotations A.json --train-images DIR --max-steps 1000 --output-dir runs/mine
   efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --resume"""
 STOPPED = 128  # plus the signal's number: the exit code of a run that a signal ended
 
@@ -62,11 +63,14 @@ def finetune(arguments: Any) -> dict[str, Any]:
     from ..training.segmentation import InteractiveSegmentation
 
     disable_progress_bar()  # one for each saved model would break ours into pieces
-    evaluation_sets = _coco_samples(arguments)
+    samples, evaluation_sets = _training_samples(arguments), _coco_samples(arguments)
     torch.manual_seed(arguments.seed)
     model, processor = build_model(arguments)
     module = InteractiveSegmentation(model, processor, arguments.sampling(), arguments.loss_weights())
-    trainer = Trainer(module, _scene_batches(arguments), arguments)
+    batches = _scene_batches(arguments) if samples is None else _mask_batches(arguments, samples, processor)
+    trainer = Trainer(module, batches, arguments)
+    if samples is not None:
+        batches.report = lambda index, reason: trainer.log("skipped", sample=index, reason=reason)
     if arguments.evaluate_scenes:
         evaluation_sets["scenes"] = _scene_samples(arguments)
     if evaluation_sets:
@@ -113,7 +117,7 @@ def _scene_batches(arguments: Any) -> Any:
     from ..training.scene_batches import SceneBatches
 
     state = PartialState(cpu=arguments.cpu)
-    on_device = state.device if arguments.scene_workers == 0 else "cpu"
+    on_device = state.device if arguments.data_workers == 0 else "cpu"
     return SceneBatches(
         bank=SceneBank.build(seed=0, device=on_device),
         stages=arguments.stages(),
@@ -123,7 +127,40 @@ def _scene_batches(arguments: Any) -> Any:
         max_area=arguments.max_object_area,
         rank=state.process_index,
         processes=state.num_processes,
-        workers=arguments.scene_workers,
+        workers=arguments.data_workers,
+    )
+
+
+def _training_samples(arguments: Any) -> Any:
+    """Annotated pictures to train on, or None where scenes are trained on."""
+    if arguments.train_annotations:
+        from ..data.coco import CocoSamples
+
+        return CocoSamples(arguments.train_annotations, arguments.train_images)
+    if arguments.train_sa1b:
+        from ..data.sa1b import Sa1bFolder
+
+        return Sa1bFolder(arguments.train_sa1b)
+    return None
+
+
+def _mask_batches(arguments: Any, samples: Any, processor: Any) -> Any:
+    from accelerate import PartialState
+
+    from ..training.mask_batches import MaskBatches
+
+    state = PartialState(cpu=arguments.cpu)
+    return MaskBatches(
+        samples=samples,
+        image_processor=processor.image_processor,
+        seed=arguments.seed,
+        objects=arguments.objects_per_image,
+        min_area=arguments.min_object_area,
+        max_area=arguments.max_object_area,
+        augmentation=arguments.augmentation(),
+        rank=state.process_index,
+        processes=state.num_processes,
+        workers=arguments.data_workers,
     )
 
 

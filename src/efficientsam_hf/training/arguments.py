@@ -13,6 +13,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..data.augmentation import Augmentation
 from ..data.scenes import IMAGE_SIZES
 from .schedule import Stage, parse_stages
 from .segmentation import PromptSampling
@@ -128,7 +129,13 @@ class FinetuneArguments(TrainerArguments):
         "{}", 'Changes to the config of a preset, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}".'
     )
     train_scenes: bool = option(False, "Train on generated scenes.")
-    scene_workers: int = option(0, "Processes that render scenes ahead; 0 renders between steps, on the GPU if any.")
+    train_annotations: str | None = option(None, "COCO instances json to train on.")
+    train_images: str | None = option(None, "Image folder of train_annotations.")
+    train_sa1b: str | None = option(None, "Folder in the layout of SA-1B to train on: NAME.jpg beside NAME.json.")
+    horizontal_flip: float = option(0.0, "Probability that an annotated picture is mirrored left to right.")
+    min_scale: float = option(1.0, "Smallest scale of large-scale jitter of annotated pictures; below 1 they shrink.")
+    max_scale: float = option(1.0, "Largest scale of large-scale jitter; above 1 a part of the picture is taken.")
+    data_workers: int = option(0, "Processes that make batches ahead; 0 makes them between steps.")
     evaluate_scenes: int = option(0, "Held-out scenes (of another seed) in each evaluation.")
     eval_annotations: str | None = option(None, "COCO instances json to evaluate on.")
     eval_images: str | None = option(None, "Image folder of eval_annotations.")
@@ -152,29 +159,18 @@ class FinetuneArguments(TrainerArguments):
     single_weight: float = option(1.0, "Weight of the single-mask token beside the best of three.")
 
     may_change = TrainerArguments.may_change | frozenset(
-        "scene_workers evaluate_scenes eval_annotations eval_images eval_limit".split()
+        "data_workers evaluate_scenes eval_annotations eval_images eval_limit".split()
     )
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.train_scenes:
-            raise ValueError("no training data: give train_scenes (--train-scenes)")
-        sizes = [stage.image_size for stage in self.stages()]
-        smallest, largest = IMAGE_SIZES
-        if not smallest <= min(sizes) <= max(sizes) <= largest:
-            raise ValueError(f"image_sizes: scenes are rendered at {smallest} to {largest} pixels, got {sizes}")
-        if bool(self.eval_annotations) != bool(self.eval_images):
-            raise ValueError("eval_annotations and eval_images go together, got only one of them")
-        for name in ("eval_annotations", "eval_images"):
-            path = getattr(self, name)
-            if path and not Path(path).exists():
-                raise ValueError(f"{name}: {path} does not exist")
+        self._check_data()
         if not 0 <= self.min_object_area < self.max_object_area <= 1:
             raise ValueError(
                 f"min_object_area and max_object_area must be fractions in order, got {self.min_object_area} and "
                 f"{self.max_object_area}"
             )
-        for name in ("scene_workers", "evaluate_scenes"):
+        for name in ("data_workers", "evaluate_scenes"):
             self._check(name, lambda value: value >= 0, "at least 0")
         for name in ("objects_per_image", "eval_limit"):
             self._check(name, lambda value: value is None or value >= 1, "at least 1")
@@ -184,6 +180,34 @@ class FinetuneArguments(TrainerArguments):
         if not isinstance(self.overrides(), dict):
             raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
         self.sampling()
+
+    def _check_data(self) -> None:
+        for one, other in (("train_annotations", "train_images"), ("eval_annotations", "eval_images")):
+            if bool(getattr(self, one)) != bool(getattr(self, other)):
+                raise ValueError(f"{one} and {other} go together, got only one of them")
+        given = [name for name in ("train_scenes", "train_annotations", "train_sa1b") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                "training data must be one of train_scenes, train_annotations with train_images, and train_sa1b, got "
+                + (" and ".join(given) or "none")
+            )
+        for name in ("train_annotations", "train_images", "train_sa1b", "eval_annotations", "eval_images"):
+            path = getattr(self, name)
+            if path and not Path(path).exists():
+                raise ValueError(f"{name}: {path} does not exist")
+        sizes = [stage.image_size for stage in self.stages()]
+        smallest, largest = IMAGE_SIZES
+        if (self.train_scenes or self.evaluate_scenes) and not smallest <= min(sizes) <= max(sizes) <= largest:
+            raise ValueError(f"image_sizes: scenes are rendered at {smallest} to {largest} pixels, got {sizes}")
+        augmentation = self.augmentation()
+        if self.train_scenes and augmentation != Augmentation():
+            raise ValueError(
+                f"horizontal_flip and the scales are for annotated pictures, got {augmentation} with scenes"
+            )
+
+    def augmentation(self) -> Augmentation:
+        """How annotated pictures are changed."""
+        return Augmentation(self.horizontal_flip, self.min_scale, self.max_scale)
 
     def overrides(self) -> dict:
         """Changes to a preset's config, part by part."""

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random changes of a picture and its masks together; the paper trains without any (section 4)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageStat
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Mirroring left to right, and large-scale jitter (Ghiasi et al. 2021, Simple Copy-Paste).
+
+    `flip` is a probability. A scale is drawn from [`min_scale`, `max_scale`], log-uniformly: above 1 a random part of
+    the picture that is smaller by the scale stays, below 1 the picture is put at a random place of a larger canvas in
+    its mean colour. Raises ValueError for values out of range.
+    """
+
+    flip: float = 0.0
+    min_scale: float = 1.0
+    max_scale: float = 1.0
+
+    def __post_init__(self):
+        if not 0 <= self.flip <= 1:
+            raise ValueError(f"flip is a probability, got {self.flip}")
+        if not 0.05 <= self.min_scale <= self.max_scale <= 20:
+            raise ValueError(
+                f"min_scale and max_scale must be in order and from 0.05 to 20, got {self.min_scale}, {self.max_scale}"
+            )
+
+    def __call__(self, sample: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
+        """{"image": RGB PIL image, "masks": (N, H, W) bool, ...} -> the same with both changed alike.
+
+        Masks that leave the picture become empty and stay in the list.
+        """
+        flip, scale, x, y = generator.random(4)
+        image, masks = sample["image"], sample["masks"]
+        if flip < self.flip:
+            image, masks = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1]
+        if self.min_scale != 1 or self.max_scale != 1:
+            factor = self.min_scale * (self.max_scale / self.min_scale) ** scale
+            image, masks = _view(image, masks, factor, x, y)
+        return {**sample, "image": image, "masks": masks}
+
+
+def _view(image: Image.Image, masks: np.ndarray, scale: float, x: float, y: float) -> tuple[Image.Image, np.ndarray]:
+    """The window of 1 / scale times the picture's size at the place (x, y) in [0, 1] between its outermost places."""
+    width, height = (max(1, round(side / scale)) for side in image.size)
+    left, top = round(x * (image.width - width)), round(y * (image.height - height))
+    if scale > 1:
+        return (
+            image.crop((left, top, left + width, top + height)),
+            masks[:, top : top + height, left : left + width],
+        )
+    canvas = Image.new("RGB", (width, height), tuple(round(value) for value in ImageStat.Stat(image).mean))
+    canvas.paste(image, (-left, -top))
+    padded = np.zeros((len(masks), height, width), bool)
+    padded[:, -top : image.height - top, -left : image.width - left] = masks
+    return canvas, padded
