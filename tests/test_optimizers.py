@@ -51,6 +51,27 @@ def test_muon_alone_where_all_is_linear_without_bias() -> None:
     assert isinstance(muon, torch.optim.Muon)
 
 
+def test_learning_rates_fall_with_depth() -> None:
+    class Deep(Mixed):
+        def depths(self):
+            return {"conv.weight": 2, "conv.bias": 2, "linear.weight": 1}
+
+    module = Deep()
+    adamw, muon = make_optimizers(
+        module, arguments(optimizer="muon", muon_learning_rate=4e-3, layer_decay=0.5), fused=False
+    )
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    scales = {
+        names[id(p)]: group["lr_scale"]
+        for optimizer in (adamw, muon)
+        for group in optimizer.param_groups
+        for p in group["params"]
+    }
+    assert scales == {
+        "conv.weight": 0.25, "conv.bias": 0.25, "linear.weight": 2.0, "linear.bias": 1.0, "table.weight": 1.0,
+    }  # fmt: skip
+
+
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="no trainable parameter"):
         make_optimizers(Mixed().requires_grad_(False), arguments(), fused=False)

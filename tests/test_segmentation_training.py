@@ -104,6 +104,27 @@ def test_first_prompts_of_each_kind(kind) -> None:
             assert (call["input_points"][0, 0, 0] - torch.tensor([17.0, 24.0])).abs().max() <= 4
 
 
+@pytest.mark.parametrize("part", ["encoder", "prompt_encoder", "mask_decoder"])
+def test_frozen_parts_stay_as_they_are(part) -> None:
+    module = InteractiveSegmentation(tiny_model())
+    module.freeze([part])
+    module(example_batch())["loss"].backward()
+    names = {"encoder": ("model.vision_encoder.", "model.neck.")}.get(part, (f"model.{part}.",))
+    for name, parameter in module.named_parameters():
+        if name.startswith(names):
+            assert parameter.grad is None and not parameter.requires_grad
+    assert any(p.grad is not None for p in module.parameters())
+
+
+def test_depths_count_the_layers_above() -> None:
+    config = EfficientSamConfig.from_preset("ti", vision_config={"num_hidden_layers": 3, "image_size": 64})
+    depths = InteractiveSegmentation(EfficientSamModel(config)).depths()
+    assert {depth for name, depth in depths.items() if ".layers.0." in name and "vision_encoder" in name} == {3}
+    assert {depth for name, depth in depths.items() if ".layers.2." in name and "vision_encoder" in name} == {1}
+    assert {depth for name, depth in depths.items() if "vision_encoder.embeddings" in name} == {4}
+    assert {depth for name, depth in depths.items() if "vision_encoder" not in name} == {0}
+
+
 def test_boxes_are_exact_as_often_as_asked() -> None:
     weights = {"uniform": 0.0, "center": 0.0, "box": 1.0, "box_and_point": 0.0, "rounds": 1}
     batch = example_batch()

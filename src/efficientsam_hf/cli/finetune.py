@@ -66,7 +66,10 @@ def finetune(arguments: Any) -> dict[str, Any]:
     samples, evaluation_sets = _training_samples(arguments), _coco_samples(arguments)
     torch.manual_seed(arguments.seed)
     model, processor = build_model(arguments)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
     module = InteractiveSegmentation(model, processor, arguments.sampling(), arguments.loss_weights())
+    module.freeze(arguments.frozen_parts())
     batches = _scene_batches(arguments) if samples is None else _mask_batches(arguments, samples, processor)
     trainer = Trainer(module, batches, arguments)
     if samples is not None:

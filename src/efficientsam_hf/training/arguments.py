@@ -16,7 +16,7 @@ import yaml
 from ..data.augmentation import Augmentation
 from ..data.scenes import IMAGE_SIZES
 from .schedule import Stage, parse_stages
-from .segmentation import PromptSampling
+from .segmentation import PARTS, PromptSampling
 
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -57,6 +57,9 @@ class TrainerArguments:
     schedule: str = option("cosine", "Decay of the learning rate.", choices=["cosine", "linear", "constant"])
     final_learning_rate: float = option(0.0, "Learning rate at the end, as a fraction of the peak.")
     warmup_steps: int = option(250, "Steps of linear warm-up (SAM: 250).")
+    layer_decay: float = option(
+        1.0, "Factor of the learning rate from each layer of the encoder to the one below it; 1 for none."
+    )
     weight_decay: float = option(0.1, "Weight decay; parameters with one dimension get none.")
     adam_beta1: float = option(0.9, "AdamW: decay of the gradient average.")
     adam_beta2: float = option(0.999, "AdamW: decay of the squared gradient average.")
@@ -64,6 +67,9 @@ class TrainerArguments:
     ema_decay: float = option(0.999, "Decay of the averaged weights that are evaluated and saved; 0 switches it off.")
     mixed_precision: str = option(
         "bf16", "Dtype of the computation; weights and optimiser stay float32.", choices=["no", "bf16", "fp16"]
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute the encoder's activations again in the backward pass: less memory, a third more time."
     )
     compile: bool = option(False, "Compile the module's parts with torch.compile.")
     cpu: bool = option(False, "Train on the CPU even where there is a GPU.")
@@ -101,6 +107,7 @@ class TrainerArguments:
             self._check(name, lambda value: value >= 0, "at least 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._check(name, lambda value: 0 <= value < 1, "in [0, 1)")
+        self._check("layer_decay", lambda value: 0 < value <= 1, "above 0 and at most 1")
         self._check("final_learning_rate", lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
         self.stages()
 
@@ -128,6 +135,7 @@ class FinetuneArguments(TrainerArguments):
     model_overrides: str = option(
         "{}", 'Changes to the config of a preset, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}".'
     )
+    freeze: str = option("", "Parts that are not trained, separated by commas: encoder, prompt_encoder, mask_decoder.")
     train_scenes: bool = option(False, "Train on generated scenes.")
     train_annotations: str | None = option(None, "COCO instances json to train on.")
     train_images: str | None = option(None, "Image folder of train_annotations.")
@@ -177,6 +185,9 @@ class FinetuneArguments(TrainerArguments):
         for name in LOSS_WEIGHTS:
             self._check(name, lambda value: value >= 0, "at least 0")
         self._check("focal_alpha", lambda value: 0 < value < 1, "between 0 and 1")
+        unknown = set(self.frozen_parts()) - set(PARTS)
+        if unknown:
+            raise ValueError(f"freeze must name some of {', '.join(PARTS)}, got {self.freeze!r}")
         if not isinstance(self.overrides(), dict):
             raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
         self.sampling()
@@ -204,6 +215,10 @@ class FinetuneArguments(TrainerArguments):
             raise ValueError(
                 f"horizontal_flip and the scales are for annotated pictures, got {augmentation} with scenes"
             )
+
+    def frozen_parts(self) -> list[str]:
+        """Names of the parts that are not trained."""
+        return [name.strip() for name in self.freeze.split(",") if name.strip()]
 
     def augmentation(self) -> Augmentation:
         """How annotated pictures are changed."""

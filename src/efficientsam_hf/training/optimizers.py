@@ -10,44 +10,53 @@ from .arguments import TrainerArguments
 def make_optimizers(module: nn.Module, arguments: TrainerArguments, fused: bool) -> list[torch.optim.Optimizer]:
     """One optimiser, or two with `optimizer="muon"`, that share the trainable parameters between them.
 
-    A group's "lr_scale" is its learning rate as a multiple of `learning_rate`. Raises ValueError if nothing is
-    trainable.
+    A group's "lr_scale" is its learning rate as a multiple of `learning_rate`. With `layer_decay` below 1 the module's
+    `depths()`, layers above it by the name of a parameter, say how often a parameter's learning rate is multiplied by
+    it. Raises ValueError if nothing is trainable.
     """
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    if not parameters:
+    depths = module.depths() if arguments.layer_decay < 1 else {}
+    trained = {p: arguments.layer_decay ** depths.get(n, 0) for n, p in module.named_parameters() if p.requires_grad}
+    if not trained:
         raise ValueError("module has no trainable parameter")
-    matrices = _hidden_matrices(module) if arguments.optimizer == "muon" else []
-    taken = {id(p) for p in matrices}
-    others = [p for p in parameters if id(p) not in taken]
+    matrices = _hidden_matrices(module) if arguments.optimizer == "muon" else set()
+    others = [p for p in trained if p not in matrices]
     optimizers: list[torch.optim.Optimizer] = []
     if others:
-        optimizers.append(_adamw(others, arguments, fused))
+        optimizers.append(_adamw({p: trained[p] for p in others}, arguments, fused))
     if matrices:
-        optimizers.append(_muon(matrices, arguments))
+        optimizers.append(_muon({p: scale for p, scale in trained.items() if p in matrices}, arguments))
     return optimizers
 
 
-def _hidden_matrices(module: nn.Module) -> list[nn.Parameter]:
+def _hidden_matrices(module: nn.Module) -> set[nn.Parameter]:
     """Weights of linear layers: what Muon is made for; embeddings, convolutions, norms and biases are not."""
     linear = (m.weight for m in module.modules() if isinstance(m, nn.Linear))
-    return [weight for weight in linear if weight.requires_grad]
+    return {weight for weight in linear if weight.requires_grad}
 
 
-def _adamw(parameters: list[nn.Parameter], arguments: TrainerArguments, fused: bool) -> torch.optim.AdamW:
+def _by_scale(scales: dict[nn.Parameter, float]) -> dict[float, list[nn.Parameter]]:
+    """Parameters in their order, by their multiple of the learning rate."""
+    return {scale: [p for p, own in scales.items() if own == scale] for scale in sorted(set(scales.values()))}
+
+
+def _adamw(scales: dict[nn.Parameter, float], arguments: TrainerArguments, fused: bool) -> torch.optim.AdamW:
     """AdamW; parameters with one dimension (biases, norms) are not decayed."""
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": arguments.weight_decay},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
+    groups = []
+    for scale, parameters in _by_scale(scales).items():
+        decayed, free = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+        groups += [
+            {"params": decayed, "weight_decay": arguments.weight_decay, "lr_scale": scale},
+            {"params": free, "weight_decay": 0.0, "lr_scale": scale},
+        ]
     betas = (arguments.adam_beta1, arguments.adam_beta2)
     return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, fused=fused)
 
 
-def _muon(matrices: list[nn.Parameter], arguments: TrainerArguments) -> torch.optim.Muon:
+def _muon(scales: dict[nn.Parameter, float], arguments: TrainerArguments) -> torch.optim.Muon:
     """Muon (Jordan et al. 2024) with updates scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982)."""
-    scale = arguments.muon_learning_rate / arguments.learning_rate
+    ratio = arguments.muon_learning_rate / arguments.learning_rate
     return torch.optim.Muon(
-        [{"params": matrices, "lr_scale": scale}],
+        [{"params": matrices, "lr_scale": ratio * scale} for scale, matrices in _by_scale(scales).items()],
         lr=arguments.muon_learning_rate,
         weight_decay=arguments.weight_decay,
         adjust_lr_fn="match_rms_adamw",

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Interactive segmentation as one differentiable forward: embed once, then rounds of simulated prompts."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,14 @@ from torch import nn
 from ..data import prompts
 from .losses import area_targets, binary_targets, segmentation_losses
 from .pictures import prediction_sheet
+
+
+# What can be frozen: part -> the model's submodules that belong to it.
+PARTS = {
+    "encoder": ("vision_encoder", "neck"),
+    "prompt_encoder": ("prompt_encoder",),
+    "mask_decoder": ("mask_decoder",),
+}
 
 
 @dataclass(frozen=True)
@@ -72,6 +81,24 @@ class InteractiveSegmentation(nn.Module):
         """Whether any round has mask prompts."""
         possible = self.model.config.prompt_encoder_config.mask_prompts
         return possible and self.sampling.rounds > 1 and self.sampling.mask_prompts > 0
+
+    def freeze(self, parts: Sequence[str]) -> None:
+        """Take parts of the model, names of `PARTS`, out of training."""
+        for name in (submodule for part in parts for submodule in PARTS[part]):
+            getattr(self.model, name).requires_grad_(False)
+
+    def depths(self) -> dict[str, int]:
+        """Transformer layers of the encoder above each parameter, plus one for what follows the encoder, by name.
+
+        Layer-wise decay of the learning rate counts by them (Bao et al. 2021, BEiT): 0 for neck, prompt encoder and
+        decoder, 1 for the last layer, 1 more than the number of layers for the patch embedding.
+        """
+        encoder = self.model.vision_encoder
+        count = len(encoder.layers)
+        depths = {id(p): count + 1 for p in encoder.embeddings.parameters()}
+        for index, layer in enumerate(encoder.layers):
+            depths |= {id(p): count - index for p in layer.parameters()}
+        return {name: depths.get(id(p), 0) for name, p in self.named_parameters()}
 
     def compile_parts(self, **options) -> None:
         """Compile encoder, prompt decoder and losses with `torch.compile(**options)`; prompts stay eager.
