@@ -128,6 +128,57 @@ def test_uniform_click_depends_on_seed_and_image_alone() -> None:
     assert all(same[0]["masks"][0, y, x] for x, y in clicks(same))
 
 
+class Stamps(torch.nn.Module):
+    """Answers with 5 x 5 pixels around each foreground click, less those around each background click."""
+
+    def __init__(self, background: bool = True) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.config = SimpleNamespace(prompt_encoder_config=SimpleNamespace(background_points=background))
+        self.calls: list[tuple[list, list]] = []
+
+    def get_image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values
+
+    def forward(self, image_embeddings, multimask_output, input_points, input_labels) -> SimpleNamespace:
+        points, labels = input_points[0].int().tolist(), input_labels[0].tolist()
+        self.calls.append((points, labels))
+        logits = -torch.ones(1, len(points), 3, *image_embeddings.shape[-2:])
+        for index, clicks in enumerate(points):
+            for (x, y), label in sorted(zip(clicks, labels[index]), key=lambda click: -click[1]):
+                logits[0, index, :, max(0, y - 2) : y + 3, max(0, x - 2) : x + 3] = 1 if label else -1
+        return SimpleNamespace(pred_masks=logits, iou_scores=torch.zeros(1, len(points), 3))
+
+
+def test_further_clicks_correct_the_last_answer() -> None:
+    wide, small = rectangle(10, 10, 20, 15), rectangle(31, 31, 34, 34)
+    model = Stamps()
+    clicks = (1, 2, 3)
+    result = evaluate(model, PlainProcessor(), [sample(wide, small)], ["center"], clicks, progress=False)
+    points, labels = model.calls[2]
+    assert points[0] == [[12, 12], [17, 12], [12, 12]] and labels[0] == [1, 1, 1]  # at last nothing is wrong
+    assert points[1][:2] == [[32, 32], [30, 30]] and labels[1][:2] == [1, 0]  # the corner of what is too much
+    assert result["center"]["miou"] == pytest.approx((25 / 50 + 9 / 25) / 2)
+    assert result["center:2"]["miou"] == pytest.approx((1 + 4 / 21) / 2, abs=0.05)
+    assert set(result) == {"images", "objects", "seed", "sizes", "center", "center:2", "center:3"}
+
+
+def test_models_without_background_points_get_none() -> None:
+    model = Stamps(background=False)
+    evaluate(model, PlainProcessor(), [sample(rectangle(31, 31, 34, 34))], ["center"], (3,), progress=False)
+    assert model.calls[-1] == ([[[32, 32]] * 3], [[1, 1, 1]])
+
+
+def test_uniform_clicks_add_up() -> None:
+    model = Stamps()
+    result = evaluate(model, PlainProcessor(), SAMPLES[:1], ["uniform"], (1, 4), progress=False)
+    (first, _), (more, labels) = model.calls
+    assert [clicks[:1] for clicks in more] == first and labels == [[1] * 4] * 2
+    masks = SAMPLES[0]["masks"]
+    assert all(masks[index, y, x] for index, clicks in enumerate(more) for x, y in clicks)
+    assert result["uniform:4"]["miou"] > result["uniform"]["miou"]
+
+
 def test_each_image_is_embedded_once_and_prompts_come_in_chunks() -> None:
     model = BoxFiller((0.1, 0.9, 0.2)).train()
     many = [sample(*[rectangle(i, i, i + 5, i + 5) for i in range(7)])]
@@ -151,6 +202,8 @@ def test_images_without_objects_do_not_count() -> None:
         ({"prompts": ["centre"]}, "prompts must be some of"),
         ({"prompts": []}, "prompts must be some of"),
         ({"prompts": "box"}, "prompts must be some of"),
+        ({"clicks": ()}, "clicks must be numbers"),
+        ({"clicks": (0, 1)}, "clicks must be numbers"),
         ({"limit": 0}, "limit must be at least 1"),
         ({"prompt_chunk": 0}, "prompt_chunk must be at least 1"),
     ],

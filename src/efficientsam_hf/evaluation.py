@@ -28,6 +28,7 @@ def evaluate(
     processor: Any,
     samples: Sequence[dict[str, Any]],
     prompts: Sequence[str] = PROTOCOLS,
+    clicks: Sequence[int] = (1,),
     seed: int = 0,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
@@ -35,26 +36,28 @@ def evaluate(
     prompt_chunk: int = 32,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """mIoU over all objects of `samples`, {"image", "masks" (N, H, W) bool} each, for one prompt per object.
+    """mIoU over all objects of `samples`, {"image", "masks" (N, H, W) bool} each, prompted one by one.
 
-    Prompts: "center" clicks the mask's deepest pixel (distance transform, the image border counting as boundary),
-    "uniform" a pixel drawn with (`seed`, image index) alone, "box" gives the tight box. The mask with the highest
-    predicted IoU is scored at the original resolution (paper, evaluation protocol).
+    Prompts: "box" gives the tight box. "uniform" clicks pixels of the mask drawn with (`seed`, image index) alone, as
+    in the paper. "center" clicks the deepest pixel of the mask (distance transform, the image border counting as
+    boundary), and each further click is the deepest pixel of what the last answer has wrong: a background click where
+    it has too much, if the model takes them. `clicks` are the numbers of clicks after which both are scored. The mask
+    with the highest predicted IoU is scored at the original resolution (paper, evaluation protocol).
 
     Returns {"images", "objects", "seed", "sizes", and per protocol {"miou", "oracle_miou" (best candidate),
-    "miou_small", "miou_medium", "miou_large"}}; the sizes are thirds of the objects by their share of the picture,
-    whose upper limits are in "sizes". `device` moves the model; a `dtype` other than the weights' computes under
-    autocast.
+    "miou_small", "miou_medium", "miou_large"}}; more clicks than one are part of the protocol's name: "uniform:3".
+    The sizes are thirds of the objects by their share of the picture, whose upper limits are in "sizes". `device`
+    moves the model; a `dtype` other than the weights' computes under autocast.
 
-    Raises `ValueError` for an unknown prompt, a limit or chunk below 1, masks of another size than their image, or
-    samples without any object.
+    Raises `ValueError` for an unknown prompt, a limit, chunk or number of clicks below 1, masks of another size than
+    their image, or samples without any object.
     """
-    _check_arguments(prompts, limit, prompt_chunk)
+    _check_arguments(prompts, clicks, limit, prompt_chunk)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     compute = _compute_context(model, device, dtype)
     count = len(samples) if limit is None else min(limit, len(samples))
     shares: list[torch.Tensor] = []
-    ious: dict[str, list[torch.Tensor]] = {name: [] for name in prompts}
+    ious: dict[str, list[torch.Tensor]] = {}
     training = model.training
     model.to(device).eval()
     try:
@@ -64,13 +67,14 @@ def evaluate(
                 continue
             scorer = _ImageScorer(model, processor, image, masks, device, compute, prompt_chunk)
             for name in prompts:
-                ious[name].append(scorer.score(_make_prompts(name, masks, seed, index)))
+                for protocol, values in scorer.score(name, clicks, _generator(seed, index)).items():
+                    ious.setdefault(protocol, []).append(values)
             shares.append(mask_area(masks) / masks[0].numel())
     finally:
         model.train(training)
     if not shares:
         raise ValueError(f"there is nothing to evaluate: no objects in {count} of {len(samples)} samples")
-    return _summarize(torch.cat(shares), {name: torch.cat(ious[name]) for name in prompts}, len(shares), seed)
+    return _summarize(torch.cat(shares), {name: torch.cat(values) for name, values in ious.items()}, len(shares), seed)
 
 
 class _ImageScorer:
@@ -89,20 +93,45 @@ class _ImageScorer:
         self.model, self.processor, self.image, self.masks = model, processor, image, masks
         self.device, self.compute = device, compute
         self.chunk = max(1, min(prompt_chunk, MAX_LOGITS // (3 * masks[0].numel())))
+        parts = getattr(getattr(model, "config", None), "prompt_encoder_config", None)
+        self.background = getattr(parts, "background_points", True)  # a switch of ours; other models take them
         self.embeddings: torch.Tensor | None = None
 
-    def score(self, prompts: dict[str, Any]) -> torch.Tensor:
-        """IoU of the chosen and of the best mask for one prompt per object, -> (N, 2)."""
+    def score(self, prompt: str, clicks: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """IoU of the chosen and of the best mask of each object, by protocol: {name: (N, 2)}."""
+        if prompt == "box":
+            return {prompt: self._answer(input_boxes=[tight_boxes(self.masks).tolist()])[0]}
+        points, labels, scores = [], [], {}
+        chosen = torch.zeros_like(self.masks)
+        for number in range(1, max(clicks) + 1):
+            if prompt == "uniform":
+                points.append(uniform_points(self.masks, generator))
+                labels.append(torch.ones(len(self.masks), dtype=torch.long))
+            else:
+                point, label = _correcting_clicks(chosen, self.masks, self.background)
+                points.append(point)
+                labels.append(label)
+            if number in clicks or prompt == "center":
+                values, chosen = self._answer(
+                    input_points=[torch.stack(points, 1).tolist()], input_labels=[torch.stack(labels, 1).tolist()]
+                )
+            if number in clicks:
+                scores[prompt if number == 1 else f"{prompt}:{number}"] = values
+        return scores
+
+    def _answer(self, **prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """IoU of the chosen and of the best mask (N, 2), and the chosen masks (N, H, W)."""
         inputs = self.processor(images=self.image, return_tensors="pt", **prompts)
         names = [name for name in ("input_points", "input_labels", "input_boxes") if inputs.get(name) is not None]
         if self.embeddings is None:
             self.embeddings = self._embed(inputs["pixel_values"])
-        scores = []
+        scores, chosen = [], []
         for start in range(0, len(self.masks), self.chunk):
             part = slice(start, start + self.chunk)
             masks, predicted = self._decode({name: inputs[name][:, part] for name in names}, inputs)
             scores.append(torch.stack(chosen_and_best(mask_iou(masks, self.masks[part, None]), predicted), -1))
-        return torch.cat(scores)
+            chosen.append(masks[torch.arange(len(masks)), predicted.argmax(-1)])
+        return torch.cat(scores), torch.cat(chosen)
 
     def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """(1, 3, H, W) -> image embeddings, in the weights' dtype."""
@@ -123,12 +152,18 @@ class _ImageScorer:
         return masks.cpu(), outputs.iou_scores[0].float().cpu()
 
 
-def _make_prompts(name: str, masks: torch.Tensor, seed: int, index: int) -> dict[str, Any]:
-    """One prompt per mask in pixels of the picture, (N, H, W) -> nested lists as processors take them."""
-    if name == "box":
-        return {"input_boxes": [tight_boxes(masks).tolist()]}
-    points = uniform_points(masks, _generator(seed, index)) if name == "uniform" else _center_points(masks)
-    return {"input_points": [points[:, None].tolist()], "input_labels": [[[1]] * len(masks)]}
+def _correcting_clicks(
+    chosen: torch.Tensor, masks: torch.Tensor, background: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The deepest wrong pixel of each answer, (N, H, W) twice -> (N, 2) xy, (N,) labels: 1 missed, 0 too much.
+
+    Without `background` clicks only what is missed counts. Where nothing is wrong the mask's own deepest pixel is
+    clicked.
+    """
+    wrong = chosen ^ masks if background else masks & ~chosen
+    points = _center_points(torch.where(wrong.flatten(1).any(1)[:, None, None], wrong, masks))
+    columns, rows = points.long().unbind(-1)
+    return points, masks[torch.arange(len(masks)), rows, columns].long()
 
 
 def _center_points(masks: torch.Tensor) -> torch.Tensor:
@@ -174,11 +209,13 @@ def _compute_context(
     return lambda: torch.autocast(device.type, dtype)
 
 
-def _check_arguments(prompts: Sequence[str], limit: int | None, prompt_chunk: int) -> None:
+def _check_arguments(prompts: Sequence[str], clicks: Sequence[int], limit: int | None, prompt_chunk: int) -> None:
     """`ValueError` naming the first argument out of range."""
     unknown = [name for name in prompts if name not in PROTOCOLS]
     if isinstance(prompts, str) or not prompts or unknown:
         raise ValueError(f"prompts must be some of {', '.join(PROTOCOLS)}, got {prompts!r}")
+    if not clicks or min(clicks) < 1:
+        raise ValueError(f"clicks must be numbers of at least 1, got {clicks!r}")
     for name, value in (("limit", limit), ("prompt_chunk", prompt_chunk)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

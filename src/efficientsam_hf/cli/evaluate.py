@@ -13,13 +13,14 @@ from .loading import add_model_options, load_model
 
 
 DESCRIPTION = """\
-Give a model one prompt per object of a COCO instances file, or of generated scenes that no training run saw, and
-compare its masks with theirs, at the pictures' own resolution. Of the three masks the one with the highest predicted
-IoU counts; "best of 3" is what a perfect choice would reach.
+Prompt a model for each object of a COCO instances file, or of generated scenes that no training run saw, and compare
+its masks with theirs, at the pictures' own resolution. Of the three masks the one with the highest predicted IoU
+counts; "best of 3" is what a perfect choice would reach.
 
 prompts:
-  center   a click on the object's deepest pixel (maximum of the distance transform)
-  uniform  a click on a random pixel of the object, drawn with --seed
+  center   a click on the object's deepest pixel (maximum of the distance transform); with --clicks, further clicks
+           on the deepest pixel of what the last answer has wrong
+  uniform  clicks on random pixels of the object, drawn with --seed (the paper's protocol)
   box      the object's tight box"""
 PROTOCOLS = ("center", "uniform", "box")
 
@@ -38,6 +39,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--images", metavar="DIR", help="folder with the pictures of --annotations")
     parser.add_argument(
         "--prompts", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, metavar="P", help="center, uniform, box (all)"
+    )
+    parser.add_argument(
+        "--clicks", nargs="+", type=int, default=[1], metavar="N", help="score after so many clicks, such as 1 3 5 (1)"
     )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random clicks and of --scenes (0)")
@@ -65,7 +69,14 @@ def run(args: argparse.Namespace) -> int:
         samples = _scene_samples(args, processor)
     start = time.perf_counter()
     metrics = evaluate(
-        model, processor, samples, tuple(args.prompts), args.seed, limit=args.limit, prompt_chunk=args.prompt_chunk
+        model,
+        processor,
+        samples,
+        tuple(args.prompts),
+        tuple(args.clicks),
+        args.seed,
+        limit=args.limit,
+        prompt_chunk=args.prompt_chunk,
     )
     seconds = time.perf_counter() - start
     print(format_table(metrics))
@@ -94,13 +105,12 @@ def format_table(metrics: dict[str, Any]) -> str:
     sizes = list(metrics["sizes"])
     header = ["prompt", "mIoU", "best of 3", *sizes]
     rows = []
-    for name in PROTOCOLS:
-        if name in metrics:
-            values = metrics[name]
+    for name, values in metrics.items():
+        if isinstance(values, dict) and "miou" in values:
             numbers = [values["miou"], values["oracle_miou"], *(values[f"miou_{size}"] for size in sizes)]
             rows.append([name, *(f"{number:.4f}" for number in numbers)])
     lines = [
-        "  ".join(cell.rjust(9) if column else cell.ljust(8) for column, cell in enumerate(row))
+        "  ".join(cell.rjust(9) if column else cell.ljust(10) for column, cell in enumerate(row))
         for row in (header, *rows)
     ]
     limits = ", ".join(f"{size} up to {100 * share:.1f} %" for size, share in metrics["sizes"].items())
