@@ -144,6 +144,12 @@ def _training_samples(arguments: Any) -> Any:
         from ..data.sa1b import Sa1bFolder
 
         return Sa1bFolder(arguments.train_sa1b)
+    if arguments.train_dataset:
+        from ..data.dataset_samples import load_samples
+
+        return load_samples(
+            arguments.train_dataset, arguments.train_split, arguments.image_column, arguments.masks_column
+        )
     return None
 
 

@@ -140,6 +140,14 @@ class FinetuneArguments(TrainerArguments):
     train_annotations: str | None = option(None, "COCO instances json to train on.")
     train_images: str | None = option(None, "Image folder of train_annotations.")
     train_sa1b: str | None = option(None, "Folder in the layout of SA-1B to train on: NAME.jpg beside NAME.json.")
+    train_dataset: str | None = option(
+        None, "Data set to train on: a folder of `datasets` (save_to_disk), or what load_dataset takes."
+    )
+    train_split: str = option("train", "Split of train_dataset.")
+    image_column: str = option("image", "Column of train_dataset with the pictures.")
+    masks_column: str = option(
+        "masks", "Column of train_dataset with a label picture, a list of mask pictures, or a list of RLE masks."
+    )
     horizontal_flip: float = option(0.0, "Probability that an annotated picture is mirrored left to right.")
     min_scale: float = option(1.0, "Smallest scale of large-scale jitter of annotated pictures; below 1 they shrink.")
     max_scale: float = option(1.0, "Largest scale of large-scale jitter; above 1 a part of the picture is taken.")
@@ -196,11 +204,15 @@ class FinetuneArguments(TrainerArguments):
         for one, other in (("train_annotations", "train_images"), ("eval_annotations", "eval_images")):
             if bool(getattr(self, one)) != bool(getattr(self, other)):
                 raise ValueError(f"{one} and {other} go together, got only one of them")
-        given = [name for name in ("train_scenes", "train_annotations", "train_sa1b") if getattr(self, name)]
+        given = [
+            name
+            for name in ("train_scenes", "train_annotations", "train_sa1b", "train_dataset")
+            if getattr(self, name)
+        ]
         if len(given) != 1:
             raise ValueError(
-                "training data must be one of train_scenes, train_annotations with train_images, and train_sa1b, got "
-                + (" and ".join(given) or "none")
+                "training data must be one of train_scenes, train_annotations with train_images, train_sa1b and "
+                "train_dataset, got " + (" and ".join(given) or "none")
             )
         for name in ("train_annotations", "train_images", "train_sa1b", "eval_annotations", "eval_images"):
             path = getattr(self, name)

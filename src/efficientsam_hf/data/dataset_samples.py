@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any data set of the `datasets` library with a column of pictures and one of masks."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..models.image_processing_efficientsam import open_image
+from ..models.rle_efficientsam import decode_rle
+
+
+class DatasetSamples:
+    """Rows of a `datasets.Dataset` as {"image": RGB PIL image, "masks": (N, H, W) bool array, "image_id": row number}.
+
+    A row's masks are one of: a label picture (each value above 0 is an object); a list of mask pictures (every pixel
+    above 0 belongs to the object); a list of COCO RLE dictionaries; nested lists of numbers (N, H, W).
+
+    Raises `ValueError` on construction if a column is missing, and on access if a row's masks are none of these.
+    """
+
+    def __init__(self, dataset: Any, image_column: str = "image", masks_column: str = "masks") -> None:
+        for argument, name in (("image_column", image_column), ("masks_column", masks_column)):
+            if name not in dataset.column_names:
+                raise ValueError(f"{argument}: no column {name!r}, there are {', '.join(dataset.column_names)}")
+        if not len(dataset):
+            raise ValueError("the data set has no rows")
+        self.dataset = dataset
+        self.image_column, self.masks_column = image_column, masks_column
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= len(self):
+            raise IndexError(index)
+        row = self.dataset[index]
+        image = open_image(row[self.image_column], f"{self.image_column} of row {index}")
+        try:
+            masks = read_masks(row[self.masks_column])
+        except ValueError as error:
+            raise ValueError(f"{self.masks_column} of row {index}: {error}") from error
+        size = (image.height, image.width)
+        if len(masks) and masks.shape[1:] != size:
+            raise ValueError(f"{self.masks_column} of row {index} are {masks.shape[1:]}, its picture is {size}")
+        return {"image": image, "masks": masks if len(masks) else np.zeros((0, *size), bool), "image_id": index}
+
+
+def read_masks(value: Any) -> np.ndarray:
+    """Masks of one row in any of the forms `DatasetSamples` knows, -> (N, H, W) bool; `ValueError` for others."""
+    if isinstance(value, Image.Image):
+        labels = np.asarray(value)
+        if labels.ndim != 2:
+            raise ValueError(f"a label picture has one channel, this one has mode {value.mode}")
+        return labels == np.unique(labels[labels > 0])[:, None, None]
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        raise ValueError(f"expected a label picture, or a list of pictures, RLE masks or arrays, got {type(value)}")
+    masks = [_read_mask(entry) for entry in value]
+    if len({mask.shape for mask in masks}) > 1:
+        raise ValueError(f"masks of one picture differ in size: {sorted({mask.shape for mask in masks})}")
+    return np.stack(masks) if masks else np.zeros((0, 0, 0), bool)
+
+
+def _read_mask(entry: Any) -> np.ndarray:
+    """One mask, -> (H, W) bool."""
+    if isinstance(entry, dict):
+        return decode_rle(entry)
+    mask = np.asarray(entry.convert("L") if isinstance(entry, Image.Image) else entry)
+    if mask.ndim != 2 or (not np.issubdtype(mask.dtype, np.number) and mask.dtype != bool):
+        raise ValueError(f"a mask must be two-dimensional numbers, got {mask.dtype} of shape {mask.shape}")
+    return mask > 0
+
+
+def load_samples(
+    name: str, split: str = "train", image_column: str = "image", masks_column: str = "masks"
+) -> DatasetSamples:
+    """Samples of a folder that `save_to_disk` wrote, or of whatever `datasets.load_dataset` finds under the name.
+
+    Raises `ImportError` without the `datasets` library, and `ValueError` for a split or column that is not there.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("data sets are read by datasets: pip install 'efficientsam-hf[train]'") from error
+    folder = Path(name)
+    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        found = datasets.load_from_disk(name)
+        if isinstance(found, datasets.DatasetDict):
+            if split not in found:
+                raise ValueError(f"split {split!r} is not in {name}, which has {', '.join(found)}")
+            found = found[split]
+    else:
+        found = datasets.load_dataset(name, split=split)
+    return DatasetSamples(found, image_column, masks_column)

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data sets of the `datasets` library: the forms that masks may have, and what is refused."""
+
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientsam_hf.data.dataset_samples import DatasetSamples, load_samples, read_masks
+from efficientsam_hf.models.rle_efficientsam import encode_rle
+
+
+HEIGHT, WIDTH = 12, 16
+MASKS = np.zeros((2, HEIGHT, WIDTH), bool)
+MASKS[0, 2:6, 3:9] = True
+MASKS[1, 7:11, 10:15] = True
+PICTURE = Image.new("RGB", (WIDTH, HEIGHT), (10, 20, 30))
+LABELS = Image.fromarray((3 * MASKS[0] + 7 * MASKS[1]).astype(np.uint8))
+PICTURES = [Image.fromarray(mask.astype(np.uint8) * 255) for mask in MASKS]
+RLES = [encode_rle(mask) for mask in MASKS]
+
+
+def dataset(masks, feature, rows: int = 3) -> datasets.Dataset:
+    features = datasets.Features({"photo": datasets.Image(), "objects": feature})
+    return datasets.Dataset.from_dict({"photo": [PICTURE] * rows, "objects": [masks] * rows}, features)
+
+
+RLE_FEATURE = datasets.List({"size": datasets.List(datasets.Value("int64")), "counts": datasets.Value("string")})
+
+
+@pytest.mark.parametrize(
+    ("masks", "feature"),
+    [
+        (LABELS, datasets.Image()),
+        (PICTURES, datasets.List(datasets.Image())),
+        (RLES, RLE_FEATURE),
+        (MASKS.tolist(), datasets.List(datasets.List(datasets.List(datasets.Value("bool"))))),
+    ],
+    ids=["labels", "pictures", "rle", "arrays"],
+)
+def test_masks_in_every_form(masks, feature, tmp_path: Path) -> None:
+    dataset(masks, feature).save_to_disk(tmp_path / "saved")
+    samples = load_samples(str(tmp_path / "saved"), image_column="photo", masks_column="objects")
+    assert len(samples) == 3
+    assert samples[1]["image"].mode == "RGB" and samples[1]["image"].size == (WIDTH, HEIGHT)
+    assert samples[1]["masks"].dtype == bool and samples[1]["image_id"] == 1
+    np.testing.assert_array_equal(samples[1]["masks"], MASKS)
+    assert [sample["image_id"] for sample in samples] == [0, 1, 2]
+
+
+def test_a_row_without_objects() -> None:
+    for masks, feature in (([], RLE_FEATURE), (Image.new("L", (WIDTH, HEIGHT)), datasets.Image())):
+        assert DatasetSamples(dataset(masks, feature), "photo", "objects")[0]["masks"].shape == (0, HEIGHT, WIDTH)
+
+
+def test_splits(tmp_path: Path) -> None:
+    datasets.DatasetDict({"small": dataset(RLES, RLE_FEATURE)}).save_to_disk(tmp_path)
+    assert len(load_samples(str(tmp_path), "small", "photo", "objects")) == 3
+    with pytest.raises(ValueError, match="split 'train' is not in .* which has small"):
+        load_samples(str(tmp_path), "train", "photo", "objects")
+
+
+def test_columns_and_rows_are_checked_first() -> None:
+    with pytest.raises(ValueError, match="image_column: no column 'image', there are photo, objects"):
+        DatasetSamples(dataset(RLES, RLE_FEATURE))
+    with pytest.raises(ValueError, match="masks_column: no column 'masks'"):
+        DatasetSamples(dataset(RLES, RLE_FEATURE), "photo")
+    with pytest.raises(ValueError, match="no rows"):
+        DatasetSamples(dataset(RLES, RLE_FEATURE, rows=0), "photo", "objects")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("mask.png", "expected a label picture"),
+        (Image.new("RGB", (4, 4)), "one channel"),
+        ([np.zeros((3, 4)), np.zeros((4, 3))], "differ in size"),
+        ([np.zeros(4)], "two-dimensional"),
+        ([{"size": [2, 2], "counts": [1, 1]}], "add up"),
+    ],
+)
+def test_masks_of_no_known_form(value, words) -> None:
+    with pytest.raises(ValueError, match=words):
+        read_masks(value)
+
+
+def test_masks_of_another_size_name_their_row() -> None:
+    masks = [encode_rle(np.ones((3, 3), bool))]
+    with pytest.raises(ValueError, match=r"objects of row 0 are \(3, 3\), its picture is \(12, 16\)"):
+        DatasetSamples(dataset(masks, RLE_FEATURE), "photo", "objects")[0]
