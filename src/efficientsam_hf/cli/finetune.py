@@ -69,7 +69,9 @@ def finetune(arguments: Any) -> dict[str, Any]:
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     module = InteractiveSegmentation(model, processor, arguments.sampling(), arguments.loss_weights())
-    module.freeze(arguments.frozen_parts())
+    module.freeze(arguments.parts("freeze"))
+    if arguments.lora_rank:
+        module.add_adapters(arguments.parts("lora_parts"), arguments.lora_rank, arguments.lora_alpha)
     batches = _scene_batches(arguments) if samples is None else _mask_batches(arguments, samples, processor)
     trainer = Trainer(module, batches, arguments)
     if samples is not None:

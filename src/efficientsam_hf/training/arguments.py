@@ -136,6 +136,9 @@ class FinetuneArguments(TrainerArguments):
         "{}", 'Changes to the config of a preset, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}".'
     )
     freeze: str = option("", "Parts that are not trained, separated by commas: encoder, prompt_encoder, mask_decoder.")
+    lora_rank: int = option(0, "Rank of adapters that are trained instead of the weights of lora_parts; 0 for none.")
+    lora_alpha: float = option(16.0, "Adapters are scaled by lora_alpha / lora_rank.")
+    lora_parts: str = option("encoder,mask_decoder", "Parts that get adapters, as in freeze.")
     train_scenes: bool = option(False, "Train on generated scenes.")
     train_annotations: str | None = option(None, "COCO instances json to train on.")
     train_images: str | None = option(None, "Image folder of train_annotations.")
@@ -193,9 +196,7 @@ class FinetuneArguments(TrainerArguments):
         for name in LOSS_WEIGHTS:
             self._check(name, lambda value: value >= 0, "at least 0")
         self._check("focal_alpha", lambda value: 0 < value < 1, "between 0 and 1")
-        unknown = set(self.frozen_parts()) - set(PARTS)
-        if unknown:
-            raise ValueError(f"freeze must name some of {', '.join(PARTS)}, got {self.freeze!r}")
+        self._check_parts()
         if not isinstance(self.overrides(), dict):
             raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
         self.sampling()
@@ -228,9 +229,19 @@ class FinetuneArguments(TrainerArguments):
                 f"horizontal_flip and the scales are for annotated pictures, got {augmentation} with scenes"
             )
 
-    def frozen_parts(self) -> list[str]:
-        """Names of the parts that are not trained."""
-        return [name.strip() for name in self.freeze.split(",") if name.strip()]
+    def _check_parts(self) -> None:
+        for name in ("freeze", "lora_parts"):
+            if set(self.parts(name)) - set(PARTS):
+                raise ValueError(f"{name} must name some of {', '.join(PARTS)}, got {getattr(self, name)!r}")
+        self._check("lora_rank", lambda value: value >= 0, "at least 0")
+        self._check("lora_alpha", lambda value: value > 0, "greater than 0")
+        both = sorted(set(self.parts("freeze")) & set(self.parts("lora_parts"))) if self.lora_rank else []
+        if both:
+            raise ValueError(f"freeze and lora_parts both name {', '.join(both)}")
+
+    def parts(self, name: str) -> list[str]:
+        """The parts of the model that the field `freeze` or `lora_parts` names."""
+        return [part.strip() for part in getattr(self, name).split(",") if part.strip()]
 
     def augmentation(self) -> Augmentation:
         """How annotated pictures are changed."""

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import nn
 
 from ..data import prompts
+from .lora import add_adapters, merged_state_dict
 from .losses import area_targets, binary_targets, segmentation_losses
 from .pictures import prediction_sheet
 
@@ -86,6 +87,10 @@ class InteractiveSegmentation(nn.Module):
         """Take parts of the model, names of `PARTS`, out of training."""
         for name in (submodule for part in parts for submodule in PARTS[part]):
             getattr(self.model, name).requires_grad_(False)
+
+    def add_adapters(self, parts: Sequence[str], rank: int, alpha: float) -> None:
+        """Train parts of the model, names of `PARTS`, through low-rank adapters at their linear layers."""
+        add_adapters(self.model, [submodule for part in parts for submodule in PARTS[part]], rank, alpha)
 
     def depths(self) -> dict[str, int]:
         """Transformer layers of the encoder above each parameter, plus one for what follows the encoder, by name.
@@ -207,8 +212,8 @@ class InteractiveSegmentation(nn.Module):
         return prediction_sheet(batch, logits, prompt)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model, and the processor if there is one, as one `from_pretrained` folder."""
-        self.model.save_pretrained(folder)
+        """Write the model, adapters merged, and the processor if there is one, as one `from_pretrained` folder."""
+        self.model.save_pretrained(folder, state_dict=merged_state_dict(self.model))
         if self.processor is not None:
             self.processor.save_pretrained(folder)
 
