@@ -370,3 +370,21 @@ def test_transformers_parser_reads_the_arguments() -> None:
     flags = ["--output_dir", "x", "--max_minutes", "2.5", "--train_scenes", "--schedule", "linear"]
     (arguments,) = HfArgumentParser(FinetuneArguments).parse_args_into_dataclasses(flags)
     assert arguments.max_minutes == 2.5 and arguments.train_scenes and arguments.schedule == "linear"
+
+
+def test_trackers_get_the_numbers(tmp_path: Path) -> None:
+    train(tmp_path / "run", lambda module: {"miou": 0.5}, evaluate_every=10, report_to="tensorboard")
+    folder = tmp_path / "run" / "trackers"
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(folder)).Reload()
+    assert {"train/loss", "train/error", "train/learning_rate", "train/images_per_s"} <= set(events.Tags()["scalars"])
+    assert [point.step for point in events.Scalars("evaluation/miou")] == [10, 20]
+    logged = [line["loss"] for line in log(tmp_path / "run", "train")]
+    assert [point.value for point in events.Scalars("train/loss")] == pytest.approx(logged, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tensorbored", "tensorboard,comet_ml"])
+def test_a_tracker_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"report_to: {name.split(',')[-1]} cannot be used; .*tensorboard"):
+        Trainer(Line(), batches, make_arguments(tmp_path / "run", report_to=name))
+    assert not (tmp_path / "run").exists()

@@ -75,6 +75,7 @@ class TrainerArguments:
     cpu: bool = option(False, "Train on the CPU even where there is a GPU.")
     num_threads: int | None = option(None, "CPU threads of torch; default is torch's own choice.")
     log_every: int = option(10, "Steps between lines of log.jsonl.")
+    report_to: str = option("", "Trackers of Accelerate, separated by commas: tensorboard, trackio, wandb, ...")
     evaluate_every: int | None = option(None, "Steps between evaluations.")
     evaluate_minutes: float | None = option(None, "Minutes between evaluations.")
     best_metric: str = option(
@@ -88,7 +89,7 @@ class TrainerArguments:
 
     # Fields that may differ when a run is resumed, because they do not change what it computes.
     may_change = frozenset(
-        "output_dir resume num_threads log_every evaluate_every evaluate_minutes best_metric picture_every "
+        "output_dir resume num_threads log_every report_to evaluate_every evaluate_minutes best_metric picture_every "
         "checkpoint_every checkpoint_minutes keep_checkpoints max_nonfinite".split()
     )
 

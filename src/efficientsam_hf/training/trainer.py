@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast_object_list, send_to_device
 from torch import nn
 from tqdm.auto import tqdm
@@ -49,10 +50,19 @@ class Trainer:
         self.arguments = arguments
         if arguments.num_threads:
             torch.set_num_threads(arguments.num_threads)
-        self.accelerator = Accelerator(mixed_precision=arguments.mixed_precision, cpu=arguments.cpu)
+        trackers = _available_trackers(arguments.report_to)
+        self.accelerator = Accelerator(
+            mixed_precision=arguments.mixed_precision,
+            cpu=arguments.cpu,
+            log_with=trackers or None,
+            project_dir=arguments.output_dir,
+        )
         if self.accelerator.is_main_process:
             open_run(arguments)
         self.accelerator.wait_for_everyone()
+        if trackers:
+            plain = {name: "none" if value is None else value for name, value in vars(arguments).items()}
+            self.accelerator.init_trackers("trackers", config=plain)
         self.run = Path(arguments.output_dir)
         self.log = RunLog(self.run / "log.jsonl", active=self.accelerator.is_main_process)
         self.batches = batches
@@ -201,11 +211,16 @@ class Trainer:
             "train", step=self.step, progress=progress, elapsed=now, images=self.images, images_per_s=speed,
             learning_rate=rate, image_size=self.stage.image_size, **means,
         )  # fmt: skip
+        self._track("train", {**means, "learning_rate": rate, "images_per_s": speed})
         shown = {name: f"{means[name]:.3f}" for name in ("loss", "miou") if name in means}
         bar.set_postfix(step=self.step, **shown, **{"images/s": f"{speed:.1f}"}, refresh=False)
         bar.n = progress
         bar.refresh()
         self.window, self.window_images, self.window_start = [], 0, now
+
+    def _track(self, group: str, values: dict[str, float]) -> None:
+        """Hand numbers to the trackers; without any this does nothing."""
+        self.accelerator.log({f"{group}/{name}": value for name, value in values.items()}, step=self.step)
 
     @contextmanager
     def _averaged(self) -> Iterator[nn.Module]:
@@ -225,6 +240,7 @@ class Trainer:
             with self._averaged() as module:
                 metrics = self.evaluate(module)
             self.log("evaluation", step=self.step, seconds=time.monotonic() - begin, **metrics)
+            self._track("evaluation", metrics)
         self._keep_if_best(metrics)
         self.accelerator.wait_for_everyone()
 
@@ -310,6 +326,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_json(self.run / "run.json", summary)
         self.accelerator.wait_for_everyone()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         return summary
 
     # Around the loop
@@ -341,3 +359,19 @@ class Trainer:
         layout = "{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}"
         hidden = not self.accelerator.is_main_process
         return tqdm(total=1.0, initial=progress, bar_format=layout, disable=hidden, dynamic_ncols=True)
+
+
+def _available_trackers(report_to: str) -> list[str]:
+    """Names from "tensorboard,wandb"; ValueError for one that Accelerate does not know or that is not installed.
+
+    Accelerate itself passes over trackers that are missing.
+    """
+    names = [name.strip() for name in report_to.split(",") if name.strip()]
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    missing = [name for name in names if name not in installed]
+    if missing:
+        raise ValueError(
+            f"report_to: {', '.join(missing)} cannot be used; of Accelerate's trackers "
+            f"{', '.join(installed) or 'none'} can be here, others must be installed first"
+        )
+    return names
