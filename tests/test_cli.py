@@ -221,8 +221,8 @@ def test_grouping_of_prompts() -> None:
         (["--each-point", "--point", "1,1", "--box", "0,0,9,9"], "excludes --box"),
         (["--mask", "m.png", "--box", "0,0,9,9", "--box", "5,5,20,20"], "--mask describes one object"),
         (["--mask", "absent.png"], "absent.png"),
-        (["--point", "1,1", "--model", "no/such/folder"], "--model no/such/folder: no such folder"),
-        (["--point", "1,1", "--model", "./absent"], "--model ./absent: no such folder"),
+        (["--point", "1,1", "--model", "no/such/folder"], "model no/such/folder: no such folder"),
+        (["--point", "1,1", "--model", "./absent"], "model ./absent: no such folder"),
         (["--point", "1,1", "--model", "nobody/nothing"], "cannot load a promptable model from nobody/nothing"),
         (["--point", "1,1", "--device", "cuda:99"], "--device cuda:99 cannot be used"),
         (["--point", "1,1", "--device", "abacus"], "--device abacus cannot be used"),
@@ -372,12 +372,12 @@ def test_evaluate_prints_and_writes(
     coco: list[str], model_folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "deep" / "metrics.json"
-    arguments = ["evaluate", "--model", model_folder, "--device", "cpu", *coco, "--output", str(output)]
+    arguments = ["evaluate", model_folder, "--device", "cpu", *coco, "--output", str(output)]
     assert main([*arguments, "--prompts", "center", "box"]) == 0
     record = json.loads(output.read_text())
     metrics = record["metrics"]
     assert metrics["objects"] == 2 and set(metrics) >= {"center", "box"} and "uniform" not in metrics
-    assert record["command"].startswith("efficientsam evaluate --model")
+    assert record["command"].startswith("efficientsam evaluate ")
     assert {"torch", "transformers", "python", "efficientsam-hf"} <= set(record["versions"])
     assert record["machine"]["cores"] >= 1 and record["machine"]["gpus"] == [] and record["date"].endswith("+00:00")
     printed = capsys.readouterr().out
@@ -385,13 +385,14 @@ def test_evaluate_prints_and_writes(
 
 
 def test_evaluate_refuses(coco: list[str], model_folder: str, tmp_path: Path, capsys) -> None:
-    arguments = ["evaluate", "--model", model_folder, "--device", "cpu"]
+    arguments = ["evaluate", model_folder, "--device", "cpu"]
     assert "one of the arguments --annotations --scenes is required" in refused(arguments, capsys)
     assert "--annotations and --images go together" in refused([*arguments, *coco[:2]], capsys)
     assert "not allowed with argument" in refused([*arguments, *coco, "--scenes", "2"], capsys)
     assert "--scenes must be at least 1" in refused([*arguments, "--scenes", "0"], capsys)
     assert "invalid choice: 'click'" in refused([*arguments, *coco, "--prompts", "click"], capsys)
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "0"], capsys)
+    assert "clicks must be" in refused([*arguments, *coco, "--clicks", "0"], capsys)
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "-3"], capsys)
     absent = ["--annotations", str(tmp_path / "no.json"), "--images", str(tmp_path)]
     assert "no.json does not exist" in refused([*arguments, *absent], capsys)
@@ -399,9 +400,21 @@ def test_evaluate_refuses(coco: list[str], model_folder: str, tmp_path: Path, ca
     assert "cannot write" in refused([*arguments, *coco, *below_a_file], capsys)
 
 
+def test_evaluate_compares_models(coco: list[str], model_folder: str, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "metrics.json"
+    arguments = ["evaluate", model_folder, model_folder, "--device", "cpu", *coco, "--output", str(output)]
+    assert main([*arguments, "--prompts", "uniform", "--clicks", "1", "3"]) == 0
+    content = json.loads(output.read_text())
+    assert [record["model"] for record in content["models"]] == [model_folder] * 2
+    (difference,) = content["differences"]
+    assert difference["uniform:3"] == {"difference": 0, "low": 0, "high": 0}
+    printed = capsys.readouterr().out
+    assert printed.count(model_folder) == 3 and "uniform:3" in printed and "+0.0000" in printed
+
+
 def test_evaluate_on_scenes(model_folder: str, tmp_path: Path) -> None:
     output = tmp_path / "metrics.json"
-    arguments = ["evaluate", "--model", model_folder, "--device", "cpu", "--scenes", "3", "--prompts", "box"]
+    arguments = ["evaluate", model_folder, "--device", "cpu", "--scenes", "3", "--prompts", "box"]
     assert main([*arguments, "--output", str(output)]) == 0
     metrics = json.loads(output.read_text())["metrics"]
     assert metrics["images"] == 3 and metrics["objects"] > 3 and 0 <= metrics["box"]["miou"] <= 1

@@ -11,7 +11,7 @@ from PIL import Image
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
 from efficientsam_hf.data.prompts import center_points, tight_boxes
-from efficientsam_hf.evaluation import evaluate
+from efficientsam_hf.evaluation import evaluate, score_objects
 from efficientsam_hf.metrics import mask_iou
 
 
@@ -154,7 +154,9 @@ def test_further_clicks_correct_the_last_answer() -> None:
     wide, small = rectangle(10, 10, 20, 15), rectangle(31, 31, 34, 34)
     model = Stamps()
     clicks = (1, 2, 3)
-    result = evaluate(model, PlainProcessor(), [sample(wide, small)], ["center"], clicks, progress=False)
+    result = evaluate(
+        model, PlainProcessor(), [sample(wide, small)], prompts=["center"], clicks=clicks, progress=False
+    )
     points, labels = model.calls[2]
     assert points[0] == [[12, 12], [17, 12], [12, 12]] and labels[0] == [1, 1, 1]  # at last nothing is wrong
     assert points[1][:2] == [[32, 32], [30, 30]] and labels[1][:2] == [1, 0]  # the corner of what is too much
@@ -165,18 +167,35 @@ def test_further_clicks_correct_the_last_answer() -> None:
 
 def test_models_without_background_points_get_none() -> None:
     model = Stamps(background=False)
-    evaluate(model, PlainProcessor(), [sample(rectangle(31, 31, 34, 34))], ["center"], (3,), progress=False)
+    small = [sample(rectangle(31, 31, 34, 34))]
+    evaluate(model, PlainProcessor(), small, prompts=["center"], clicks=(3,), progress=False)
     assert model.calls[-1] == ([[[32, 32]] * 3], [[1, 1, 1]])
 
 
 def test_uniform_clicks_add_up() -> None:
     model = Stamps()
-    result = evaluate(model, PlainProcessor(), SAMPLES[:1], ["uniform"], (1, 4), progress=False)
+    result = evaluate(model, PlainProcessor(), SAMPLES[:1], prompts=["uniform"], clicks=(1, 4), progress=False)
     (first, _), (more, labels) = model.calls
     assert [clicks[:1] for clicks in more] == first and labels == [[1] * 4] * 2
     masks = SAMPLES[0]["masks"]
     assert all(masks[index, y, x] for index, clicks in enumerate(more) for x, y in clicks)
     assert result["uniform:4"]["miou"] > result["uniform"]["miou"]
+
+
+def test_two_models_are_compared_object_by_object() -> None:
+    def scores(answer: tuple[float, float, float], **options: Any):
+        return score_objects(BoxFiller(answer), PlainProcessor(), SAMPLES, progress=False, **options)
+
+    whole, half = scores((0.1, 0.9, 0.2)), scores((0.9, 0.1, 0.2))
+    result = whole.compare(half)["box"]
+    assert result["difference"] == pytest.approx((0.5 + 0.5 + 0.4) / 3 - 1)
+    assert result["low"] == pytest.approx(-0.6) and result["high"] == pytest.approx(-0.5)  # one picture or the other
+    assert half.compare(whole)["box"]["difference"] == -result["difference"]
+    assert whole.compare(whole)["center"] == {"difference": 0, "low": 0, "high": 0}
+    with pytest.raises(ValueError, match="same objects"):
+        whole.compare(scores((0.1, 0.9, 0.2), limit=1))
+    with pytest.raises(ValueError, match="same prompts"):
+        whole.compare(scores((0.1, 0.9, 0.2), seed=1))
 
 
 def test_each_image_is_embedded_once_and_prompts_come_in_chunks() -> None:

@@ -34,7 +34,7 @@ def test_train_resume_evaluate_export(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line["step"] for line in events(run, "evaluation")] == [2, 4]
     assert main([*command, "--resume"]) == 0  # there is nothing left to do, and that is no error
     assert events(run, "resume")[0]["step"] == 4
-    evaluate = ["evaluate", "--model", str(run / "model"), "--scenes", "2", "--output", str(metrics)]
+    evaluate = ["evaluate", str(run / "model"), "--scenes", "2", "--output", str(metrics)]
     assert main([*evaluate, "--device", "cpu", "--prompts", "box"]) == 0
     assert main(["export", str(run), str(folder), "--metrics", str(metrics)]) == 0
     assert "generated scenes" in (folder / "README.md").read_text()

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from efficientsam_hf.metrics import chosen_and_best, mask_area, mask_iou
+from efficientsam_hf.metrics import bootstrap_difference, chosen_and_best, mask_area, mask_iou
 
 
 def rectangle(top: int, left: int, bottom: int, right: int) -> torch.Tensor:
@@ -60,3 +60,20 @@ def test_chosen_follows_the_scores_and_best_the_ious() -> None:
 def test_chosen_refuses_other_shapes() -> None:
     with pytest.raises(ValueError, match="shape of ious"):
         chosen_and_best(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_bootstrap_draws_whole_groups() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # 50 pictures of 20 objects that differ between pictures only: the interval is that of 50 values, not of 1,000.
+    values = torch.randn(50, generator=generator)
+    groups = torch.arange(50).repeat_interleave(20)
+    mean, low, high = bootstrap_difference(values.repeat_interleave(20), groups)
+    assert mean == pytest.approx(values.double().mean().item())
+    assert (high - low) / 2 == pytest.approx(1.96 * values.std().item() / 50**0.5, rel=0.15)
+    assert low < mean < high
+    assert bootstrap_difference(values.repeat_interleave(20), groups) == (mean, low, high)
+
+
+def test_bootstrap_of_groups_of_other_sizes_is_the_mean_over_objects() -> None:
+    mean, low, high = bootstrap_difference(torch.tensor([1.0, 1.0, 1.0, -1.0]), torch.tensor([5, 5, 5, 9]))
+    assert (mean, low, high) == (0.5, -1.0, 1.0)

@@ -6,6 +6,7 @@ Works for every promptable model with the calling conventions of `SamModel` and 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .data.prompts import center_points, tight_boxes, uniform_points
-from .metrics import chosen_and_best, mask_area, mask_iou
+from .metrics import bootstrap_difference, chosen_and_best, mask_area, mask_iou
 
 
 PROTOCOLS = ("center", "uniform", "box")
@@ -22,8 +23,56 @@ SIZES = ("small", "medium", "large")
 MAX_LOGITS = 2**25  # full-size logits held at once: 128 MiB in float32
 
 
+@dataclass(frozen=True)
+class ObjectScores:
+    """What a model reached for each object of some pictures."""
+
+    images: torch.Tensor  # (N,) int64, the number of the object's picture
+    shares: torch.Tensor  # (N,) share of the picture that the object covers
+    ious: dict[str, torch.Tensor]  # per protocol (N, 2): IoU of the chosen and of the best mask
+    seed: int
+
+    def summary(self) -> dict[str, Any]:
+        """Means over objects, in all and by thirds of size, as `evaluate` returns them."""
+        thirds = dict(zip(SIZES, self.shares.argsort(stable=True).tensor_split(3), strict=True))
+        thirds = {size: members for size, members in thirds.items() if len(members)}
+        limits = {size: round(self.shares[members].max().item(), 6) for size, members in thirds.items()}
+        counts = {"images": len(self.images.unique()), "objects": len(self.images)}
+        result: dict[str, Any] = {**counts, "seed": self.seed, "sizes": limits}
+        for name, values in self.ious.items():
+            chosen, best = values.double().unbind(-1)
+            by_size = {f"miou_{size}": chosen[members].mean().item() for size, members in thirds.items()}
+            result[name] = {"miou": chosen.mean().item(), "oracle_miou": best.mean().item(), **by_size}
+        return result
+
+    def compare(self, other: "ObjectScores", seed: int = 0) -> dict[str, dict[str, float]]:
+        """mIoU of the other less that of this one, per protocol of both: {"difference", "low", "high"}.
+
+        Low and high bound the middle 95 % of 2,000 bootstrap samples of the pictures (objects of one picture go
+        together). Raises ValueError if the objects are not the same.
+        """
+        if self.seed != other.seed or not torch.equal(self.images, other.images):
+            raise ValueError("only scores of the same objects with the same prompts can be compared")
+        result = {}
+        for name in (name for name in self.ious if name in other.ious):
+            change = other.ious[name][:, 0].double() - self.ious[name][:, 0].double()
+            mean, low, high = bootstrap_difference(change, self.images, seed=seed)
+            result[name] = {"difference": mean, "low": low, "high": high}
+        return result
+
+
+def evaluate(model: torch.nn.Module, processor: Any, samples: Sequence[dict[str, Any]], **options) -> dict[str, Any]:
+    """mIoU over all objects of `samples`; arguments and errors are those of `score_objects`.
+
+    Returns {"images", "objects", "seed", "sizes", and per protocol {"miou", "oracle_miou" (best candidate),
+    "miou_small", "miou_medium", "miou_large"}}; more clicks than one are part of the protocol's name: "uniform:3".
+    The sizes are thirds of the objects by their share of the picture, whose upper limits are in "sizes".
+    """
+    return score_objects(model, processor, samples, **options).summary()
+
+
 @torch.no_grad()
-def evaluate(
+def score_objects(
     model: torch.nn.Module,
     processor: Any,
     samples: Sequence[dict[str, Any]],
@@ -35,19 +84,15 @@ def evaluate(
     limit: int | None = None,
     prompt_chunk: int = 32,
     progress: bool = True,
-) -> dict[str, Any]:
-    """mIoU over all objects of `samples`, {"image", "masks" (N, H, W) bool} each, prompted one by one.
+) -> ObjectScores:
+    """IoU for every object of `samples`, {"image", "masks" (N, H, W) bool} each, prompted one by one.
 
     Prompts: "box" gives the tight box. "uniform" clicks pixels of the mask drawn with (`seed`, image index) alone, as
     in the paper. "center" clicks the deepest pixel of the mask (distance transform, the image border counting as
     boundary), and each further click is the deepest pixel of what the last answer has wrong: a background click where
     it has too much, if the model takes them. `clicks` are the numbers of clicks after which both are scored. The mask
-    with the highest predicted IoU is scored at the original resolution (paper, evaluation protocol).
-
-    Returns {"images", "objects", "seed", "sizes", and per protocol {"miou", "oracle_miou" (best candidate),
-    "miou_small", "miou_medium", "miou_large"}}; more clicks than one are part of the protocol's name: "uniform:3".
-    The sizes are thirds of the objects by their share of the picture, whose upper limits are in "sizes". `device`
-    moves the model; a `dtype` other than the weights' computes under autocast.
+    with the highest predicted IoU is scored at the original resolution (paper, evaluation protocol). `device` moves
+    the model; a `dtype` other than the weights' computes under autocast.
 
     Raises `ValueError` for an unknown prompt, a limit, chunk or number of clicks below 1, masks of another size than
     their image, or samples without any object.
@@ -56,6 +101,7 @@ def evaluate(
     device = torch.device(device) if device is not None else next(model.parameters()).device
     compute = _compute_context(model, device, dtype)
     count = len(samples) if limit is None else min(limit, len(samples))
+    images: list[torch.Tensor] = []
     shares: list[torch.Tensor] = []
     ious: dict[str, list[torch.Tensor]] = {}
     training = model.training
@@ -69,12 +115,14 @@ def evaluate(
             for name in prompts:
                 for protocol, values in scorer.score(name, clicks, _generator(seed, index)).items():
                     ious.setdefault(protocol, []).append(values)
+            images.append(torch.full((len(masks),), index))
             shares.append(mask_area(masks) / masks[0].numel())
     finally:
         model.train(training)
     if not shares:
         raise ValueError(f"there is nothing to evaluate: no objects in {count} of {len(samples)} samples")
-    return _summarize(torch.cat(shares), {name: torch.cat(values) for name, values in ious.items()}, len(shares), seed)
+    scores = {name: torch.cat(values) for name, values in ious.items()}
+    return ObjectScores(torch.cat(images), torch.cat(shares), scores, seed)
 
 
 class _ImageScorer:
@@ -182,19 +230,6 @@ def _generator(seed: int, index: int) -> torch.Generator:
     """Generator that depends on the seed and the image's index alone."""
     state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def _summarize(shares: torch.Tensor, ious: dict[str, torch.Tensor], images: int, seed: int) -> dict[str, Any]:
-    """Means over objects, in all and by thirds of size: shares (N,) and IoU (N, 2) per protocol -> plain numbers."""
-    thirds = dict(zip(SIZES, shares.argsort(stable=True).tensor_split(3), strict=True))
-    thirds = {size: members for size, members in thirds.items() if len(members)}
-    limits = {size: round(shares[members].max().item(), 6) for size, members in thirds.items()}
-    result: dict[str, Any] = {"images": images, "objects": len(shares), "seed": seed, "sizes": limits}
-    for name, values in ious.items():
-        chosen, best = values.double().unbind(-1)
-        by_size = {f"miou_{size}": chosen[members].mean().item() for size, members in thirds.items()}
-        result[name] = {"miou": chosen.mean().item(), "oracle_miou": best.mean().item(), **by_size}
-    return result
 
 
 def _compute_context(

@@ -38,3 +38,20 @@ def chosen_and_best(ious: torch.Tensor, scores: torch.Tensor) -> tuple[torch.Ten
         raise ValueError(f"scores must have the shape of ious, {tuple(ious.shape)}, got {tuple(scores.shape)}")
     chosen = ious.gather(-1, scores.argmax(-1, keepdim=True)).squeeze(-1)
     return chosen, ious.amax(-1)
+
+
+def bootstrap_difference(
+    changes: torch.Tensor, groups: torch.Tensor, rounds: int = 2000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean of paired differences and its percentile bootstrap interval, (N,), (N,) int64 -> mean, low, high.
+
+    Whole groups (the objects of one picture) are drawn with replacement, since what is in one picture is alike.
+    """
+    _, index = groups.unique(return_inverse=True)
+    sums = torch.zeros(int(index.max()) + 1, dtype=torch.float64).index_add_(0, index, changes.double())
+    counts = torch.bincount(index).double()
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(len(sums), (rounds, len(sums)), generator=generator)
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
+    low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
+    return changes.double().mean().item(), low, high

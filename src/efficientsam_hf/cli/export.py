@@ -9,7 +9,7 @@ Write the model of a run as a folder for from_pretrained, with its processor, me
 made from the run. Weights are stored as float16 and load as float32.
 
   efficientsam export runs/scenes my-model
-  efficientsam evaluate --model my-model --annotations A.json --images DIR --output metrics.json
+  efficientsam evaluate my-model --annotations A.json --images DIR --output metrics.json
   efficientsam export runs/scenes my-model --metrics metrics.json --overwrite"""
 
 

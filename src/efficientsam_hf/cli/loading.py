@@ -11,15 +11,17 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add --model, --device and --dtype."""
+    """Add --device and --dtype."""
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="M", help="folder or Hub name (default: the checkpoint that ships)")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
     group.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as in the model's config)")
 
 
-def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Model in evaluation mode on its device, and processor; `ValueError` or `OSError` that names what is wrong."""
+def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Model in evaluation mode on its device, and processor; `ValueError` or `OSError` that names what is wrong.
+
+    `name` is a folder or a Hub name, None the checkpoint that ships; `args` has what `add_model_options` added.
+    """
     import torch
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
@@ -29,7 +31,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     from .. import default_checkpoint
 
     device = pick_device(args.device)
-    name = str(args.model or default_checkpoint())
+    name = str(name or default_checkpoint())
     _check_name(name)
     options = {"dtype": getattr(torch, args.dtype)} if args.dtype else {}
     bars = logging.is_progress_bar_enabled()
@@ -66,6 +68,6 @@ def _check_name(name: str) -> None:
     if Path(name).is_dir():
         return
     if Path(name).is_file():
-        raise ValueError(f"--model {name} is a file: give a folder (efficientsam convert makes one of a released .pt)")
+        raise ValueError(f"model {name} is a file: give a folder (efficientsam convert makes one of a released .pt)")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        raise ValueError(f"--model {name}: no such folder")
+        raise ValueError(f"model {name}: no such folder")

@@ -84,6 +84,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     group.add_argument("--box", action="append", default=[], type=_box, metavar="X0,Y0,X1,Y1", help="a box around it")
     group.add_argument("--mask", metavar="IN.png", help="a rough mask of it, white on black, of the picture's size")
     group.add_argument("--each-point", action="store_true", help="each --point is an object of its own")
+    parser.add_argument("--model", metavar="M", help="folder or Hub name (default: the checkpoint that ships)")
     add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     mask_prompt = None if args.mask is None else read_mask_prompt(args.mask, image.size)
     folder = Path(args.output)
     check_writable(folder)
-    model, processor = load_model(args)
+    model, processor = load_model(args.model, args)
     candidates, scores = segment(model, processor, image, objects, mask_prompt, args.all_masks)
     records = write_results(folder, args.image, image, objects, candidates, scores)
     print(format_table(records))
