@@ -391,11 +391,13 @@ def test_evaluation_of_an_export_goes_into_its_card(run: Path, tmp_path: Path) -
     model, numbers = str(tmp_path / "out"), str(tmp_path / "metrics.json")
     assert main(["export", str(run), model]) == 0
     options = ["--annotations", str(photos / "instances.json"), "--images", str(photos), "--device", "cpu"]
-    assert main(["evaluate", model, *options, "--output", numbers]) == 0
+    assert main(["evaluate", model, *options, "--clicks", "1", "3", "--output", numbers]) == 0
     assert main(["export", str(run), model, "--metrics", numbers, "--overwrite"]) == 0
     card = ModelCard((tmp_path / "out" / "README.md").read_text())
     measured = read_json(Path(numbers))["metrics"]
-    expected = [round(measured[prompt]["miou"], 4) for prompt in ("center", "uniform", "box")]
+    prompts = ("center", "center:3", "uniform", "uniform:3", "box")
+    expected = [round(measured[prompt]["miou"], 4) for prompt in prompts]
     assert [result.metric_value for result in card.data.eval_results] == expected
     assert {result.dataset_name for result in card.data.eval_results} == {"photos/instances"}
+    assert "| 3 clicks, the first in the centre |" in card.text and "| 3 clicks, all anywhere |" in card.text
     assert "efficientsam evaluate " in card.text and str(tmp_path) not in card.text

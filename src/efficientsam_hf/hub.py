@@ -225,12 +225,24 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"metrics {str(path)!r} is not a file")
     record = _read_json(path, "metrics", ("metrics", "command", "date", "machine", "dtype"))
-    if not any(prompt in record["metrics"] for prompt in PROMPTS):
+    if not _prompts(record["metrics"]):
         raise ValueError(f"metrics {str(path)!r} has none of the prompts {', '.join(PROMPTS)}")
     annotations = _option(record["command"], "--annotations")
     scenes = "generated scenes" if _option(record["command"], "--scenes") else path.name
     dataset = _last_parts(annotations).removesuffix(".json") if annotations else scenes
     return {"dataset": dataset, **shorten_paths(record)}
+
+
+def _prompts(metrics: dict[str, Any]) -> list[str]:
+    """The protocols of an evaluation: "box", "center", "uniform:3", ..."""
+    return [name for name in metrics if name.partition(":")[0] in PROMPTS]
+
+
+def _prompt_text(name: str) -> str:
+    kind, _, clicks = name.partition(":")
+    if not clicks:
+        return PROMPTS[kind]
+    return f"{clicks} clicks, " + ("the first in the centre" if kind == "center" else "all anywhere")
 
 
 def _option(command: str, name: str) -> str | None:
@@ -348,13 +360,12 @@ def card_metadata(record: RunRecord, evaluations: list[dict], name: str) -> Mode
             dataset_name=evaluation["dataset"],
             dataset_config=f"{evaluation['metrics']['images']} images",
             metric_type="mean_iou",
-            metric_name=f"mIoU, {PROMPTS[prompt]}",
+            metric_name=f"mIoU, {_prompt_text(prompt)}",
             metric_config=evaluation["dtype"],
             metric_value=round(evaluation["metrics"][prompt]["miou"], 4),
         )
         for evaluation in evaluations
-        for prompt in PROMPTS
-        if prompt in evaluation["metrics"]
+        for prompt in _prompts(evaluation["metrics"])
     ]
     tags = ["efficientsam", "segment-anything", "image-segmentation", "vision"]
     return ModelCardData(
@@ -382,19 +393,19 @@ def evaluation_section(record: RunRecord, evaluations: list[dict]) -> str:
     rows, sources = [], []
     for number, evaluation in enumerate(evaluations, 1):
         metrics = evaluation["metrics"]
-        for prompt in (prompt for prompt in PROMPTS if prompt in metrics):
+        for prompt in _prompts(metrics):
             values = metrics[prompt]
             sizes = [f"{values[f'miou_{size}']:.3f}" for size in metrics["sizes"]]
             counts = f"{metrics['images']} images, {metrics['objects']} objects"
             scores = [f"**{values['miou']:.3f}**", f"{values['oracle_miou']:.3f}", " / ".join(sizes)]
-            rows.append([f"[{number}] {evaluation['dataset']}", counts, PROMPTS[prompt], *scores])
+            rows.append([f"[{number}] {evaluation['dataset']}", counts, _prompt_text(prompt), *scores])
         sources.append(f"[{number}] {_machine_text(evaluation['machine'])}, {evaluation['dtype']}, "
                        f"{evaluation['date'][:10]}:\n\n```\n{evaluation['command']}\n```")  # fmt: skip
     protocol = (
-        "One prompt per object of the annotations, compared at the picture's own resolution, averaged over objects. "
-        "Of the three masks the one with the highest predicted IoU counts; best of 3 is what a perfect choice would "
-        'reach. "Click in the centre" is the maximum of the distance transform of the object, the border of the '
-        "picture counting as its boundary. Small, medium and large are thirds of the objects by their share of the "
+        "Each object of the annotations is prompted alone and compared at the picture's own resolution, averaged over "
+        "objects. Of the three masks the one with the highest predicted IoU counts; best of 3 is what a perfect "
+        'choice would reach. "Click in the centre" is the maximum of the distance transform of the object, the border '
+        "of the picture counting as its boundary; clicks after it are the deepest pixels of what is wrong. Small, medium and large are thirds of the objects by their share of the "
         "picture."
     )
     header = ["data", "size", "prompt", "mIoU", "best of 3", "mIoU small / medium / large"]
@@ -427,7 +438,7 @@ def _data_text(record: RunRecord) -> str:
     if source in VISION_PRESETS:
         start = f"Trained from scratch (preset `{source}`, seed {record.arguments.get('seed')})."
     elif source == "default":
-        start = "Training started from the checkpoint that ships with the package."
+        start = "Training started from the checkpoint that shipped with the package when the run began."
     else:
         start = f"Training started from `{shorten_paths(source)}`."
     if not record.arguments.get("train_scenes"):
