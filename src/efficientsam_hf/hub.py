@@ -405,8 +405,8 @@ def evaluation_section(record: RunRecord, evaluations: list[dict]) -> str:
         "Each object of the annotations is prompted alone and compared at the picture's own resolution, averaged over "
         "objects. Of the three masks the one with the highest predicted IoU counts; best of 3 is what a perfect "
         'choice would reach. "Click in the centre" is the maximum of the distance transform of the object, the border '
-        "of the picture counting as its boundary; clicks after it are the deepest pixels of what is wrong. Small, medium and large are thirds of the objects by their share of the "
-        "picture."
+        "of the picture counting as its boundary; clicks after it are the deepest pixels of what is wrong. "
+        "Small, medium and large are thirds of the objects by their share of the picture."
     )
     header = ["data", "size", "prompt", "mIoU", "best of 3", "mIoU small / medium / large"]
     return "\n\n".join([protocol, _table(header, rows), *sources])
