@@ -392,7 +392,7 @@ def test_evaluate_refuses(coco: list[str], model_folder: str, tmp_path: Path, ca
     assert "--scenes must be at least 1" in refused([*arguments, "--scenes", "0"], capsys)
     assert "invalid choice: 'click'" in refused([*arguments, *coco, "--prompts", "click"], capsys)
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "0"], capsys)
-    assert "clicks must be" in refused([*arguments, *coco, "--clicks", "0"], capsys)
+    assert "--clicks must be" in refused([*arguments, *coco, "--clicks", "0"], capsys)
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "-3"], capsys)
     absent = ["--annotations", str(tmp_path / "no.json"), "--images", str(tmp_path)]
     assert "no.json does not exist" in refused([*arguments, *absent], capsys)

@@ -78,6 +78,7 @@ def test_training_on_a_coco_file(tmp_path: Path) -> None:
     Path(flags[-1], "3.png").write_bytes(b"no picture")
     run = tmp_path / "run"
     flags += ["--horizontal-flip", "0.5", "--min-scale", "0.5", "--max-scale", "2", "--data-workers", "1"]
+    flags += ["--freeze", "prompt_encoder", "--lora-rank", "2", "--layer-decay", "0.8", "--gradient-checkpointing"]
     assert main([*TRAIN, *flags, "--max-steps", "5", "--output-dir", str(run)]) == 0
     skipped = events(run, "skipped")
     assert [line["sample"] for line in skipped] == [3] and "not a picture" in skipped[0]["reason"]

@@ -95,7 +95,7 @@ def test_objects_of_other_sizes_are_left_out() -> None:
     whole["masks"][0] = True
     batch = make([whole]).batch(0, STAGE)
     assert batch["object_mask"].sum(1).tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"none of its 2 objects covers 0\.5 to 0\.9"):
+    with pytest.raises(ValueError, match=r"picture 0: none of 2 objects covers 0\.5 to 0\.9"):
         make([picture(3)], min_area=0.5).batch(0, STAGE)
 
 
@@ -111,14 +111,32 @@ def test_damaged_samples_are_replaced_and_named_once() -> None:
 
 def test_only_damaged_samples_are_an_error() -> None:
     samples = Damaged([picture(index) for index in range(3)], {0, 1, 2})
-    with pytest.raises(ValueError, match=r"none of 3 training samples.*is truncated"):
-        next(make(samples)(0, STAGE))
+    for workers in (0, 1):
+        with pytest.raises(ValueError, match=r"^none of 3 training samples.*is truncated$"):
+            next(make(samples, workers=workers)(0, STAGE))
 
 
 def test_masks_of_another_size_than_their_picture_are_skipped_with_both_sizes() -> None:
     odd = picture(0) | {"masks": np.ones((1, 10, 10), bool)}
-    with pytest.raises(ValueError, match=r"\(1, 10, 10\) in a picture of 40 x 60"):
-        make([odd]).batch(0, STAGE)
+    numbers = picture(0) | {"masks": np.full((1, 40, 60), 255, np.uint8)}
+    for wrong, words in ((odd, r"bool of shape \(1, 10, 10\)"), (numbers, r"uint8 of shape \(1, 40, 60\)")):
+        with pytest.raises(ValueError, match=rf"like their picture, got {words}"):
+            make([wrong], augmentation=Augmentation(0, 1, 3)).batch(0, STAGE)
+
+
+def test_a_change_that_leaves_no_object_is_not_made() -> None:
+    corner = picture(9, objects=1)
+    corner["masks"][:] = False
+    corner["masks"][0, :4, :4] = True
+    batch = make([corner], augmentation=Augmentation(0, 1.25, 1.25)).batch(0, Stage(0.0, 32, 32))
+    assert batch["object_mask"].sum() == 32 and not batch["skipped"]
+    assert len(batch["masks"][:, 0].flatten(1).sum(1).unique()) > 1  # some windows do hold it
+
+
+def test_stages_have_their_own_order() -> None:
+    batches = make([picture(index) for index in range(10)])
+    first, second = ([t for n in range(5) for t in tones(batches.batch(n, Stage(s, 32, 2)))] for s in (0.0, 0.5))
+    assert sorted(first) == sorted(second) and first != second
 
 
 def test_stretched_masks_keep_thin_objects() -> None:
@@ -135,14 +153,18 @@ def test_stretched_masks_keep_thin_objects() -> None:
 @pytest.mark.parametrize("augmentation", [Augmentation(flip=1.0), Augmentation(0.5, 0.3, 3.0), Augmentation()])
 def test_augmentation_keeps_masks_on_their_pixels(augmentation) -> None:
     sample = picture(5, (50, 70))
-    sizes = set()
+    sizes, areas = set(), []
     for seed in range(30):
         changed = augmentation(sample, np.random.default_rng(seed))
         pixels = np.asarray(changed["image"])[..., 0]
         sizes.add(pixels.shape)
         for k, mask in enumerate(changed["masks"]):
-            np.testing.assert_array_equal(mask, pixels == 200 + k)
-    assert (len(sizes) > 10) == (augmentation.max_scale > 1)
+            tone = pixels.astype(int)
+            np.testing.assert_array_equal(mask[tone == 200 + k], True)  # what is between them at an edge is mixed
+            np.testing.assert_array_equal(mask[tone < 60], False)
+            areas.append(mask.sum())
+    assert (len(sizes) > 5) == (augmentation.max_scale > 1)
+    assert (min(areas) < 0.5 * sample["masks"].sum((1, 2)).min()) == (augmentation.min_scale < 1)
     if augmentation.flip == 1:
         np.testing.assert_array_equal(changed["masks"], sample["masks"][:, :, ::-1])
 

@@ -110,9 +110,8 @@ def test_frozen_parts_stay_as_they_are(part) -> None:
     module.freeze([part])
     module(example_batch())["loss"].backward()
     names = {"encoder": ("model.vision_encoder.", "model.neck.")}.get(part, (f"model.{part}.",))
-    for name, parameter in module.named_parameters():
-        if name.startswith(names):
-            assert parameter.grad is None and not parameter.requires_grad
+    frozen = [p for name, p in module.named_parameters() if name.startswith(names)]
+    assert frozen and all(p.grad is None and not p.requires_grad for p in frozen)
     assert any(p.grad is not None for p in module.parameters())
 
 

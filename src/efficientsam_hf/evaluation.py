@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmentation quality by prompt: mIoU for one click and for the tight box, on any pictures with masks.
+"""Segmentation quality by prompt: mIoU for clicks and for the tight box, on any pictures with masks.
 
 Works for every promptable model with the calling conventions of `SamModel` and `SamProcessor`.
 """

@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--annotations and --images go together")
     if args.scenes is not None and args.scenes < 1:
         raise ValueError(f"--scenes must be at least 1, got {args.scenes}")
+    if min(args.clicks) < 1:
+        raise ValueError(f"--clicks must be at least 1, got {min(args.clicks)}")
     if args.output:
         check_writable(Path(args.output).parent)
     samples = _coco_samples(args) if args.annotations else None

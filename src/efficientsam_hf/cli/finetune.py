@@ -60,6 +60,7 @@ def finetune(arguments: Any) -> dict[str, Any]:
         raise ImportError(f"training needs {error.name}: pip install 'efficientsam-hf[train]'") from error
     from transformers.utils.logging import disable_progress_bar
 
+    from ..training.run_folder import RunLog
     from ..training.segmentation import InteractiveSegmentation
 
     disable_progress_bar()  # one for each saved model would break ours into pieces
@@ -67,7 +68,8 @@ def finetune(arguments: Any) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)
     model, processor = build_model(arguments)
     if arguments.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # transformers 5.23 renames it
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     module = InteractiveSegmentation(model, processor, arguments.sampling(), arguments.loss_weights())
     module.freeze(arguments.parts("freeze"))
     if arguments.lora_rank:
@@ -75,7 +77,8 @@ def finetune(arguments: Any) -> dict[str, Any]:
     batches = _scene_batches(arguments) if samples is None else _mask_batches(arguments, samples, processor)
     trainer = Trainer(module, batches, arguments)
     if samples is not None:
-        batches.report = lambda index, reason: trainer.log("skipped", sample=index, reason=reason)
+        log = RunLog(trainer.run / "log.jsonl")  # of every process: each meets other samples
+        batches.report = lambda index, reason: log("skipped", sample=index, reason=reason)
     if arguments.evaluate_scenes:
         evaluation_sets["scenes"] = _scene_samples(arguments)
     if evaluation_sets:

@@ -13,8 +13,8 @@ class Augmentation:
     """Mirroring left to right, and large-scale jitter (Ghiasi et al. 2021, Simple Copy-Paste).
 
     `flip` is a probability. A scale is drawn from [`min_scale`, `max_scale`], log-uniformly: above 1 a random part of
-    the picture that is smaller by the scale stays, below 1 the picture is put at a random place of a larger canvas in
-    its mean colour. Raises ValueError for values out of range.
+    the picture that is smaller by the scale stays; below 1 the picture shrinks and lies at a random place on its mean
+    colour. Raises ValueError for values out of range.
     """
 
     flip: float = 0.0
@@ -45,16 +45,19 @@ class Augmentation:
 
 
 def _view(image: Image.Image, masks: np.ndarray, scale: float, x: float, y: float) -> tuple[Image.Image, np.ndarray]:
-    """The window of 1 / scale times the picture's size at the place (x, y) in [0, 1] between its outermost places."""
-    width, height = (max(1, round(side / scale)) for side in image.size)
+    """A part of the picture (scale above 1), or the whole of it smaller on a canvas of the same size.
+
+    (x, y) in [0, 1] is the place of the part in the picture, or of the picture on the canvas.
+    """
+    ratio = min(scale, 1 / scale)
+    width, height = (max(1, round(side * ratio)) for side in image.size)
     left, top = round(x * (image.width - width)), round(y * (image.height - height))
     if scale > 1:
-        return (
-            image.crop((left, top, left + width, top + height)),
-            masks[:, top : top + height, left : left + width],
-        )
-    canvas = Image.new("RGB", (width, height), tuple(round(value) for value in ImageStat.Stat(image).mean))
-    canvas.paste(image, (-left, -top))
-    padded = np.zeros((len(masks), height, width), bool)
-    padded[:, -top : image.height - top, -left : image.width - left] = masks
-    return canvas, padded
+        return image.crop((left, top, left + width, top + height)), masks[:, top : top + height, left : left + width]
+    canvas = Image.new("RGB", image.size, tuple(round(value) for value in ImageStat.Stat(image).mean))
+    canvas.paste(image.resize((width, height), Image.Resampling.BOX), (left, top))
+    small = np.zeros_like(masks)
+    for mask, target in zip(masks, small):
+        shares = Image.fromarray(mask.astype(np.uint8) * 255).resize((width, height), Image.Resampling.BOX)
+        target[top : top + height, left : left + width] = np.asarray(shares) >= 128
+    return canvas, small

@@ -27,6 +27,8 @@ class CocoSamples:
         self.image_folder = Path(image_folder)
         content = _read_instances(self.annotations)
         self._segmentations = self._group_by_image(content, skip_crowd)
+        if any(isinstance(entry, list) for entries in self._segmentations.values() for entry in entries):
+            _import_pycocotools()
         self._images = [image for image in content["images"] if self._segmentations[image["id"]]]
         if not self._images:
             raise ValueError(f"{self.annotations} holds no objects to use: {len(content['annotations'])} annotations")
@@ -100,14 +102,19 @@ def rasterize_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np
             raise ValueError(f"a polygon must be a flat list of at least three x, y pairs, got {str(polygon)[:60]}")
     if not polygons:
         return np.zeros(size, bool)
+    coco_mask = _import_pycocotools()
+    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *size))).astype(bool)
+
+
+def _import_pycocotools() -> Any:
     try:
-        from pycocotools import mask as coco_mask
+        from pycocotools import mask
     except ImportError as error:
         raise ImportError(
             "polygons of COCO files are drawn by pycocotools: pip install 'efficientsam-hf[eval]'"
             " (files with RLE masks work without it)"
         ) from error
-    return coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects(polygons, *size))).astype(bool)
+    return mask
 
 
 def _read_instances(path: Path) -> dict[str, Any]:

@@ -68,9 +68,6 @@ class TrainerArguments:
     mixed_precision: str = option(
         "bf16", "Dtype of the computation; weights and optimiser stay float32.", choices=["no", "bf16", "fp16"]
     )
-    gradient_checkpointing: bool = option(
-        False, "Compute the encoder's activations again in the backward pass: less memory, a third more time."
-    )
     compile: bool = option(False, "Compile the module's parts with torch.compile.")
     cpu: bool = option(False, "Train on the CPU even where there is a GPU.")
     num_threads: int | None = option(None, "CPU threads of torch; default is torch's own choice.")
@@ -104,7 +101,7 @@ class TrainerArguments:
         at_least_one = "max_steps batch_size gradient_accumulation num_threads log_every evaluate_every picture_every"
         for name in (at_least_one + " checkpoint_every keep_checkpoints max_nonfinite").split():
             self._check(name, lambda value: value is None or value >= 1, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+        for name in ("seed", "warmup_steps", "weight_decay", "max_grad_norm"):
             self._check(name, lambda value: value >= 0, "at least 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._check(name, lambda value: 0 <= value < 1, "in [0, 1)")
@@ -135,6 +132,9 @@ class FinetuneArguments(TrainerArguments):
     model: str = option("default", "Preset to train from scratch (ti, s, b), `default`, or a folder or Hub id.")
     model_overrides: str = option(
         "{}", 'Changes to the config of a preset, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}".'
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass: less memory, a third more time."
     )
     freeze: str = option("", "Parts that are not trained, separated by commas: encoder, prompt_encoder, mask_decoder.")
     lora_rank: int = option(0, "Rank of adapters that are trained instead of the weights of lora_parts; 0 for none.")
@@ -179,7 +179,7 @@ class FinetuneArguments(TrainerArguments):
     single_weight: float = option(1.0, "Weight of the single-mask token beside the best of three.")
 
     may_change = TrainerArguments.may_change | frozenset(
-        "data_workers evaluate_scenes eval_annotations eval_images eval_limit".split()
+        "gradient_checkpointing data_workers evaluate_scenes eval_annotations eval_images eval_limit".split()
     )
 
     def __post_init__(self):
@@ -224,6 +224,7 @@ class FinetuneArguments(TrainerArguments):
         smallest, largest = IMAGE_SIZES
         if (self.train_scenes or self.evaluate_scenes) and not smallest <= min(sizes) <= max(sizes) <= largest:
             raise ValueError(f"image_sizes: scenes are rendered at {smallest} to {largest} pixels, got {sizes}")
+        self._check("horizontal_flip", lambda value: 0 <= value <= 1, "a probability")
         augmentation = self.augmentation()
         if self.train_scenes and augmentation != Augmentation():
             raise ValueError(
@@ -236,6 +237,8 @@ class FinetuneArguments(TrainerArguments):
                 raise ValueError(f"{name} must name some of {', '.join(PARTS)}, got {getattr(self, name)!r}")
         self._check("lora_rank", lambda value: value >= 0, "at least 0")
         self._check("lora_alpha", lambda value: value > 0, "greater than 0")
+        if set(self.parts("freeze")) == set(PARTS):
+            raise ValueError(f"freeze leaves nothing to train, got {self.freeze!r}")
         both = sorted(set(self.parts("freeze")) & set(self.parts("lora_parts"))) if self.lora_rank else []
         if both:
             raise ValueError(f"freeze and lora_parts both name {', '.join(both)}")

@@ -8,7 +8,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 def numbered_batches(make: Callable[[int], dict[str, Any]], start: int, workers: int) -> Iterator[dict[str, Any]]:
-    """`make(start)`, `make(start + 1)`, ... without end, made ahead in `workers` processes, with 0 between steps."""
+    """`make(start)`, `make(start + 1)`, ... without end, made ahead in `workers` processes, with 0 between steps.
+
+    ValueError and OSError of `make` arrive as they are, not wrapped in a worker's traceback.
+    """
     loader = DataLoader(
         _Numbered(make),
         sampler=_Counting(start),
@@ -16,15 +19,21 @@ def numbered_batches(make: Callable[[int], dict[str, Any]], start: int, workers:
         num_workers=workers,
         prefetch_factor=2 if workers else None,
     )
-    return iter(loader)
+    for batch in loader:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 class _Numbered(Dataset):
     def __init__(self, make: Callable[[int], dict[str, Any]]):
         self.make = make
 
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return self.make(number)
+    def __getitem__(self, number: int) -> dict[str, Any] | Exception:
+        try:
+            return self.make(number)
+        except (ValueError, OSError) as error:
+            return error
 
 
 class _Counting(Sampler):

@@ -165,8 +165,9 @@ class InteractiveSegmentation(nn.Module):
         clicks = prompts.points_in_cells(clicks, torch.ones_like(labels), masks, 4, generator)
         tight = prompts.tight_boxes(masks)
         boxes = prompts.jitter_boxes(tight, (height, width), generator, s.box_noise)
-        exact = torch.rand(object_mask.shape, generator=generator, device=masks.device) < s.exact_boxes
-        boxes = torch.where(exact[..., None], tight, boxes)
+        if s.exact_boxes:
+            exact = torch.rand(object_mask.shape, generator=generator, device=masks.device) < s.exact_boxes
+            boxes = torch.where(exact[..., None], tight, boxes)
         boxes = torch.where((object_mask & (kind >= 2))[..., None], boxes, -1.0)
         return targets, {
             "input_points": _pad(clicks[:, :, None], s.rounds, 0.0),

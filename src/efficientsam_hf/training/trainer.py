@@ -34,7 +34,8 @@ class Trainer:
     """Trains a module until its steps or its minutes are used up, and leaves RUN/model behind.
 
     `module(batch)` returns {"loss": scalar, ...other scalars to log}; `module.save_pretrained(folder)` writes what the
-    run is for. Optional are `module.compile_parts()` and `module.picture(batch) -> PIL image`.
+    run is for. Optional are `module.compile_parts()`, `module.picture(batch) -> PIL image`, and for `layer_decay`
+    `module.depths()`, the layers above each parameter by its name.
     `batches(start, stage)` yields the batches of this process from number `start` on, at the stage's image size; it is
     called again where a stage begins and on resume, so batch i may depend on i and the stage alone.
     `evaluate(module)` returns numbers by name; it runs in the main process with averaged weights, under no_grad.
@@ -128,8 +129,9 @@ class Trainer:
     def _train_step(self, progress: float) -> None:
         a = self.arguments
         factor = learning_rate_factor(a.schedule, self.step, a.warmup_steps, progress, a.final_learning_rate)
+        self.learning_rate = a.learning_rate * factor
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
-            group["lr"] = a.learning_rate * factor * group.get("lr_scale", 1.0)
+            group["lr"] = self.learning_rate * group.get("lr_scale", 1.0)
         metrics = []
         for number in range(a.gradient_accumulation):
             batch = self._next_batch(progress, number)
@@ -206,12 +208,11 @@ class Trainer:
         if self.window:
             names = self.window[0]
             means = {name: torch.stack([row[name].float() for row in self.window]).mean().item() for name in names}
-        rate = self.optimizers[0].param_groups[0]["lr"]
         self.log(
             "train", step=self.step, progress=progress, elapsed=now, images=self.images, images_per_s=speed,
-            learning_rate=rate, image_size=self.stage.image_size, **means,
+            learning_rate=self.learning_rate, image_size=self.stage.image_size, **means,
         )  # fmt: skip
-        self._track("train", {**means, "learning_rate": rate, "images_per_s": speed})
+        self._track("train", {**means, "learning_rate": self.learning_rate, "images_per_s": speed})
         shown = {name: f"{means[name]:.3f}" for name in ("loss", "miou") if name in means}
         bar.set_postfix(step=self.step, **shown, **{"images/s": f"{speed:.1f}"}, refresh=False)
         bar.n = progress
