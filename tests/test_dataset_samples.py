@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientsam_hf.data.dataset_samples import DatasetSamples, load_samples, read_masks
+from efficientsam_hf.data.dataset_samples import DatasetSamples, load_samples, load_stream, read_masks, read_row
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 
 
@@ -86,7 +86,27 @@ def test_masks_of_no_known_form(value, words) -> None:
         read_masks(value)
 
 
-def test_masks_of_another_size_name_their_row() -> None:
+def test_masks_of_another_size_than_the_picture() -> None:
     masks = [encode_rle(np.ones((3, 3), bool))]
-    with pytest.raises(ValueError, match=r"objects of row 0 are \(3, 3\), its picture is \(12, 16\)"):
+    with pytest.raises(ValueError, match=r"objects are \(3, 3\), the picture is \(12, 16\)"):
         DatasetSamples(dataset(masks, RLE_FEATURE), "photo", "objects")[0]
+
+
+@pytest.mark.parametrize(
+    ("masks", "feature"), [(LABELS, datasets.Image()), (RLES, RLE_FEATURE)], ids=["labels", "rle"]
+)
+def test_streams_give_the_same_and_damage_does_not_end_them(masks, feature, tmp_path: Path) -> None:
+    table = dataset(masks, feature).cast_column("photo", datasets.Image(decode=False))
+    damaged = {"bytes": b"no picture", "path": None}
+    rows = [{**row, "photo": damaged if number == 1 else row["photo"]} for number, row in enumerate(table)]
+    datasets.Dataset.from_list(rows, features=table.features).to_parquet(tmp_path / "train.parquet")
+    stream = list(load_stream(str(tmp_path), "train", "photo", "objects"))
+    assert len(stream) == 3
+    for number in (0, 2):
+        sample = read_row(stream[number], "photo", "objects")
+        np.testing.assert_array_equal(sample["masks"], MASKS)
+        assert sample["image"].size == (WIDTH, HEIGHT)
+    with pytest.raises(ValueError, match="photo is not a picture"):
+        read_row(stream[1], "photo", "objects")
+    with pytest.raises(ValueError, match="masks_column: no column 'masks', there are photo, objects"):
+        load_stream(str(tmp_path), image_column="photo")

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,23 @@ def test_training_on_a_coco_file(tmp_path: Path) -> None:
     skipped = events(run, "skipped")
     assert [line["sample"] for line in skipped] == [3] and "not a picture" in skipped[0]["reason"]
     assert events(run, "end")[0]["images"] == 20
+
+
+def test_training_on_tars_of_sa1b(tmp_path: Path) -> None:
+    mask = np.zeros((48, 64), bool)
+    mask[8:30, 10:40] = True
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "sa_0.tar", "w") as archive:
+        for name in ("sa_1", "sa_2", "sa_3"):
+            Image.fromarray(mask).convert("RGB").save(tmp_path / f"{name}.jpg")
+            content = {"annotations": [{"segmentation": encode_rle(mask)}]}
+            (tmp_path / f"{name}.json").write_text("{" if name == "sa_2" else json.dumps(content))
+            for kind in ("jpg", "json"):
+                archive.add(tmp_path / f"{name}.{kind}", arcname=f"{name}.{kind}")
+    flags = ["--no-train-scenes", "--train-sa1b", str(tmp_path / "tars"), "--output-dir", str(tmp_path / "run")]
+    assert main([*TRAIN, *flags, "--max-steps", "2"]) == 0
+    assert main([*TRAIN, *flags, "--max-steps", "2", "--resume"]) == 0
+    assert "sa_2.json is not a JSON file" in events(tmp_path / "run", "skipped")[0]["reason"]
 
 
 def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

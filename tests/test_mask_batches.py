@@ -8,7 +8,8 @@ from PIL import Image
 
 from efficientsam_hf import EfficientSamImageProcessor
 from efficientsam_hf.data.augmentation import Augmentation
-from efficientsam_hf.training.mask_batches import MaskBatches, stretch_masks
+from efficientsam_hf.training.mask_batches import MaskBatches
+from efficientsam_hf.training.preparation import Preparation, stretch_masks
 from efficientsam_hf.training.schedule import Stage
 
 
@@ -40,7 +41,8 @@ class Damaged(list):
 
 def make(samples, **options) -> MaskBatches:
     processor = EfficientSamImageProcessor(size=32, do_normalize=False, antialias=True)
-    return MaskBatches(samples, processor, **{"objects": 3, **options})
+    own = {name: options.pop(name) for name in ("objects", "min_area", "augmentation") if name in options}
+    return MaskBatches(samples, Preparation(processor, **{"objects": 3, **own}), **options)
 
 
 def tones(batch) -> list[int]:
@@ -95,8 +97,8 @@ def test_objects_of_other_sizes_are_left_out() -> None:
     whole["masks"][0] = True
     batch = make([whole]).batch(0, STAGE)
     assert batch["object_mask"].sum(1).tolist() == [1, 1]
-    with pytest.raises(ValueError, match=r"picture 0: none of 2 objects covers 0\.5 to 0\.9"):
-        make([picture(3)], min_area=0.5).batch(0, STAGE)
+    with pytest.raises(ValueError, match=r"picture no. 3: none of 2 objects covers 0\.5 to 0\.9"):
+        make([picture(3) | {"image_id": "no. 3"}], min_area=0.5).batch(0, STAGE)
 
 
 def test_damaged_samples_are_replaced_and_named_once() -> None:

@@ -2,13 +2,14 @@
 """Folders in SA-1B's own layout."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from efficientsam_hf.data.sa1b import Sa1bFolder
+from efficientsam_hf.data.sa1b import Sa1bFolder, find_tars, read_row, stream_tars
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 
 
@@ -45,7 +46,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
     samples = Sa1bFolder(tmp_path)
     for index, (kind, words) in enumerate(
         [
-            (FileNotFoundError, "a.jpg.*does not exist"),
+            (FileNotFoundError, "a.json has no a.jpg beside it"),
             (ValueError, "b.json is not a JSON file"),
             (ValueError, "c.json is not an SA-1B file"),
             (ValueError, r"d.json: mask of \(20, 30\) in a picture of \(10, 10\)"),
@@ -60,3 +61,46 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
         Sa1bFolder(tmp_path / "missing")
     with pytest.raises(ValueError, match="holds no .json"):
         Sa1bFolder(tmp_path)
+
+
+def pack(folder: Path, path: Path, names: list[str]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            archive.add(folder / name, arcname=f"./{name}")
+
+
+def test_tars_give_what_folders_give(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name in ("sa_1", "sa_2", "sa_3"):
+        write_picture(tmp_path / "loose", name, generator.random((2, 20, 30)) < 0.5)
+    pack(tmp_path / "loose", tmp_path / "tars" / "a.tar", ["sa_1.jpg", "sa_1.json"])
+    pack(tmp_path / "loose", tmp_path / "tars" / "b.tar", ["sa_3.json", "sa_2.json", "sa_2.jpg", "sa_3.jpg"])
+    stream = stream_tars(find_tars(tmp_path / "tars"))
+    assert stream.num_shards == 2
+    streamed = {sample["image_id"]: sample for sample in map(read_row, stream)}
+    assert streamed.keys() == {"sa_1", "sa_2", "sa_3"}
+    for sample in Sa1bFolder(tmp_path / "loose"):
+        other = streamed[sample["image_id"]]
+        np.testing.assert_array_equal(other["masks"], sample["masks"])
+        np.testing.assert_array_equal(np.asarray(other["image"]), np.asarray(sample["image"]))
+
+
+def test_damaged_tars_are_named_and_passed_over(tmp_path: Path) -> None:
+    write_picture(tmp_path / "loose", "sa_1", np.ones((1, 20, 30), bool))
+    write_picture(tmp_path / "loose", "sa_2", np.ones((1, 20, 30), bool))
+    tars = tmp_path / "tars"
+    pack(tmp_path / "loose", tars / "a.tar", ["sa_1.jpg", "sa_1.json", "sa_2.jpg", "sa_2.json"])
+    (tars / "b.tar").write_bytes(b"no tar at all" * 100)
+    whole = (tars / "a.tar").read_bytes()
+    (tars / "c.tar").write_bytes(whole[: len(whole) // 10])
+    pack(tmp_path / "loose", tars / "d.tar", ["sa_1.json", "sa_2.jpg", "sa_2.json"])
+    good, bad = [], []
+    for row in stream_tars(find_tars(tars)):
+        try:
+            good.append(read_row(row)["image_id"])
+        except ValueError as error:
+            bad.append(str(error))
+    assert good[:2] == ["sa_1", "sa_2"] and good[-1] == "sa_2"
+    assert any("b.tar is damaged" in text for text in bad) and any("c.tar" in text for text in bad)
+    assert any("d.tar holds sa_1, but no sa_1.jpg" in text for text in bad)

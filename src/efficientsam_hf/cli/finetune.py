@@ -4,6 +4,7 @@
 import argparse
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def finetune(arguments: Any) -> dict[str, Any]:
     from ..training.segmentation import InteractiveSegmentation
 
     disable_progress_bar()  # one for each saved model would break ours into pieces
-    samples, evaluation_sets = _training_samples(arguments), _coco_samples(arguments)
+    annotated, evaluation_sets = _training_data(arguments), _coco_samples(arguments)
     torch.manual_seed(arguments.seed)
     model, processor = build_model(arguments)
     if arguments.gradient_checkpointing:
@@ -74,9 +75,9 @@ def finetune(arguments: Any) -> dict[str, Any]:
     module.freeze(arguments.parts("freeze"))
     if arguments.lora_rank:
         module.add_adapters(arguments.parts("lora_parts"), arguments.lora_rank, arguments.lora_alpha)
-    batches = _scene_batches(arguments) if samples is None else _mask_batches(arguments, samples, processor)
+    batches = _annotated_batches(arguments, processor, **annotated) if annotated else _scene_batches(arguments)
     trainer = Trainer(module, batches, arguments)
-    if samples is not None:
+    if annotated:
         log = RunLog(trainer.run / "log.jsonl")  # of every process: each meets other samples
         batches.report = lambda index, reason: log("skipped", sample=index, reason=reason)
     if arguments.evaluate_scenes:
@@ -139,43 +140,52 @@ def _scene_batches(arguments: Any) -> Any:
     )
 
 
-def _training_samples(arguments: Any) -> Any:
-    """Annotated pictures to train on, or None where scenes are trained on."""
+def _training_data(arguments: Any) -> dict[str, Any]:
+    """{"samples"} of annotated pictures, {"stream", "read"} of those that come one after the other, {} for scenes."""
+    from ..data import coco, dataset_samples, sa1b
+
     if arguments.train_annotations:
-        from ..data.coco import CocoSamples
-
-        return CocoSamples(arguments.train_annotations, arguments.train_images)
+        return {"samples": coco.CocoSamples(arguments.train_annotations, arguments.train_images)}
     if arguments.train_sa1b:
-        from ..data.sa1b import Sa1bFolder
-
-        return Sa1bFolder(arguments.train_sa1b)
+        tars = sa1b.find_tars(arguments.train_sa1b)
+        if tars:
+            return {"stream": sa1b.stream_tars(tars), "read": sa1b.read_row}
+        return {"samples": sa1b.Sa1bFolder(arguments.train_sa1b)}
     if arguments.train_dataset:
-        from ..data.dataset_samples import load_samples
+        columns = {"image_column": arguments.image_column, "masks_column": arguments.masks_column}
+        if arguments.stream:
+            stream = dataset_samples.load_stream(arguments.train_dataset, arguments.train_split, **columns)
+            return {"stream": stream, "read": partial(dataset_samples.read_row, **columns)}
+        return {"samples": dataset_samples.load_samples(arguments.train_dataset, arguments.train_split, **columns)}
+    return {}
 
-        return load_samples(
-            arguments.train_dataset, arguments.train_split, arguments.image_column, arguments.masks_column
-        )
-    return None
 
-
-def _mask_batches(arguments: Any, samples: Any, processor: Any) -> Any:
+def _annotated_batches(
+    arguments: Any, processor: Any, samples: Any = None, stream: Any = None, read: Callable | None = None
+) -> Any:
     from accelerate import PartialState
 
     from ..training.mask_batches import MaskBatches
+    from ..training.preparation import Preparation
+    from ..training.stream_batches import StreamBatches
 
     state = PartialState(cpu=arguments.cpu)
-    return MaskBatches(
-        samples=samples,
-        image_processor=processor.image_processor,
-        seed=arguments.seed,
-        objects=arguments.objects_per_image,
-        min_area=arguments.min_object_area,
-        max_area=arguments.max_object_area,
-        augmentation=arguments.augmentation(),
-        rank=state.process_index,
-        processes=state.num_processes,
-        workers=arguments.data_workers,
-    )
+    common = {
+        "preparation": Preparation(
+            image_processor=processor.image_processor,
+            objects=arguments.objects_per_image,
+            min_area=arguments.min_object_area,
+            max_area=arguments.max_object_area,
+            augmentation=arguments.augmentation(),
+        ),
+        "seed": arguments.seed,
+        "rank": state.process_index,
+        "processes": state.num_processes,
+        "workers": arguments.data_workers,
+    }
+    if stream is not None:
+        return StreamBatches(stream, read, shuffle_buffer=arguments.shuffle_buffer, **common)
+    return MaskBatches(samples, **common)
 
 
 def _scene_samples(arguments: Any) -> list[dict[str, Any]]:

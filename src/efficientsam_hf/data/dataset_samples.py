@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any data set of the `datasets` library with a column of pictures and one of masks."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,34 @@ class DatasetSamples:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index >= len(self):
             raise IndexError(index)
-        row = self.dataset[index]
-        image = open_image(row[self.image_column], f"{self.image_column} of row {index}")
-        try:
-            masks = read_masks(row[self.masks_column])
-        except ValueError as error:
-            raise ValueError(f"{self.masks_column} of row {index}: {error}") from error
-        size = (image.height, image.width)
-        if len(masks) and masks.shape[1:] != size:
-            raise ValueError(f"{self.masks_column} of row {index} are {masks.shape[1:]}, its picture is {size}")
-        return {"image": image, "masks": masks if len(masks) else np.zeros((0, *size), bool), "image_id": index}
+        return {**read_row(self.dataset[index], self.image_column, self.masks_column), "image_id": index}
+
+
+def read_row(row: dict[str, Any], image_column: str = "image", masks_column: str = "masks") -> dict[str, Any]:
+    """The sample of a row, {"image", "masks"}; `ValueError` or `OSError` if it is damaged or of no known form."""
+    image = open_image(_picture(row[image_column]), image_column)
+    try:
+        masks = read_masks(row[masks_column])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{masks_column}: {error}") from error
+    size = (image.height, image.width)
+    if len(masks) and masks.shape[1:] != size:
+        raise ValueError(f"{masks_column} are {masks.shape[1:]}, the picture is {size}")
+    return {"image": image, "masks": masks if len(masks) else np.zeros((0, *size), bool)}
+
+
+def _picture(value: Any) -> Any:
+    """A picture that `datasets` has not decoded, {"bytes", "path"}, as something to open; anything else as it is."""
+    if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+        return io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
+    return value
 
 
 def read_masks(value: Any) -> np.ndarray:
     """Masks of one row in any of the forms `DatasetSamples` knows, -> (N, H, W) bool; `ValueError` for others."""
+    value = _picture(value)
+    if isinstance(value, io.BytesIO):
+        value = Image.open(value)
     if isinstance(value, Image.Image):
         labels = np.asarray(value)
         if labels.ndim != 2:
@@ -79,10 +94,7 @@ def load_samples(
 
     Raises `ImportError` without the `datasets` library, and `ValueError` for a split or column that is not there.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("data sets are read by datasets: pip install 'efficientsam-hf[train]'") from error
+    datasets = _import_datasets()
     folder = Path(name)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         found = datasets.load_from_disk(name)
@@ -93,3 +105,28 @@ def load_samples(
     else:
         found = datasets.load_dataset(name, split=split)
     return DatasetSamples(found, image_column, masks_column)
+
+
+def load_stream(name: str, split: str = "train", image_column: str = "image", masks_column: str = "masks") -> Any:
+    """The same as a `datasets.IterableDataset` of undecoded rows for `read_row`, read from its beginning as it comes.
+
+    Raises `ImportError` without the `datasets` library, and `ValueError` for a column that is not there.
+    """
+    datasets = _import_datasets()
+    stream = datasets.load_dataset(name, split=split, streaming=True)
+    features = stream.features or {}
+    for argument, column in (("image_column", image_column), ("masks_column", masks_column)):
+        if features and column not in features:
+            raise ValueError(f"{argument}: no column {column!r}, there are {', '.join(features)}")
+        if isinstance(features.get(column), datasets.Image):
+            # A damaged picture would end the stream if it were decoded in there.
+            stream = stream.cast_column(column, datasets.Image(decode=False))
+    return stream
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("data sets are read by datasets: pip install 'efficientsam-hf[train]'") from error
+    return datasets

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""SA-1B in its own layout: a folder in which every `NAME.jpg` has a `NAME.json` with RLE masks beside it."""
+"""SA-1B in its own layout: every `NAME.jpg` has a `NAME.json` with RLE masks beside it, in folders or in tars."""
 
+import io
 import json
+import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +36,81 @@ class Sa1bFolder:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self._files[index]
-        image = open_image(path.with_suffix(".jpg"))
-        size = (image.height, image.width)
-        masks = [_mask(annotation, size, path) for annotation in read_annotations(path.read_bytes(), str(path))]
-        return {
-            "image": image,
-            "masks": np.stack(masks) if masks else np.zeros((0, *size), bool),
-            "image_id": str(path.relative_to(self.folder).with_suffix("")),
-        }
+        name = str(path.relative_to(self.folder).with_suffix(""))
+        picture = path.with_suffix(".jpg")
+        if not picture.is_file():
+            raise FileNotFoundError(f"{name}.json has no {name}.jpg beside it")
+        return make_sample(name, picture.read_bytes(), path.read_bytes())
 
 
-def read_annotations(content: bytes, name: str) -> list[dict[str, Any]]:
-    """The annotations of one SA-1B json; `ValueError` that names it if it is none."""
+def find_tars(folder: str | Path) -> list[Path]:
+    """The tars in an SA-1B folder and its subfolders, in the order of their paths."""
+    return sorted(Path(folder).rglob("*.tar"))
+
+
+def stream_tars(tars: list[Path]) -> Any:
+    """A `datasets.IterableDataset` of rows for `read_row`; each tar is a shard, read from its beginning and unpacked
+    nowhere.
+
+    Raises `ImportError` without the `datasets` library.
+    """
+    try:
+        from datasets import IterableDataset
+    except ImportError as error:
+        raise ImportError("tars are streamed by datasets: pip install 'efficientsam-hf[train]'") from error
+    return IterableDataset.from_generator(_read_tars, gen_kwargs={"tars": [str(path) for path in tars]})
+
+
+def read_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The sample of a row of `stream_tars`; `ValueError` if it is damaged."""
+    if row["problem"]:
+        raise ValueError(row["problem"])
+    return make_sample(row["name"], row["picture"], row["annotations"])
+
+
+def _read_tars(tars: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows {"name", "picture", "annotations", "problem"}: bytes of both files, and what is wrong or ""."""
+    for path in tars:
+        halves: dict[str, dict[str, bytes]] = {}
+        try:
+            with tarfile.open(path, "r|*") as archive:
+                for member in archive:
+                    stem, _, kind = member.name.removeprefix("./").rpartition(".")
+                    if not member.isfile() or kind not in ("jpg", "json"):
+                        continue
+                    pair = halves.setdefault(stem, {})
+                    pair[kind] = archive.extractfile(member).read()
+                    if len(pair) == 2:
+                        yield {"name": stem, "picture": pair["jpg"], "annotations": pair["json"], "problem": ""}
+                        del halves[stem]
+        except (OSError, tarfile.TarError) as error:
+            yield {"name": path, "picture": b"", "annotations": b"", "problem": f"{path} is damaged: {error}"}
+        for stem, pair in halves.items():
+            missing = "json" if "jpg" in pair else "jpg"
+            problem = f"{path} holds {stem}, but no {stem}.{missing}"
+            yield {"name": stem, "picture": b"", "annotations": b"", "problem": problem}
+
+
+def make_sample(name: str, picture: bytes, annotations: bytes) -> dict[str, Any]:
+    """The two files of a picture -> {"image", "masks", "image_id": name}; `ValueError` that names what is damaged."""
+    image = open_image(io.BytesIO(picture), f"{name}.jpg")
+    size = (image.height, image.width)
+    masks = [_mask(annotation, size, name) for annotation in _read_annotations(annotations, name)]
+    return {"image": image, "masks": np.stack(masks) if masks else np.zeros((0, *size), bool), "image_id": name}
+
+
+def _read_annotations(content: bytes, name: str) -> list[dict[str, Any]]:
     try:
         record = json.loads(content)
     except ValueError as error:
-        raise ValueError(f"{name} is not a JSON file: {error}") from error
+        raise ValueError(f"{name}.json is not a JSON file: {error}") from error
     annotations = record.get("annotations") if isinstance(record, dict) else None
     if not isinstance(annotations, list) or not all(isinstance(entry, dict) for entry in annotations):
-        raise ValueError(f"{name} is not an SA-1B file: it has no list 'annotations'")
+        raise ValueError(f"{name}.json is not an SA-1B file: it has no list 'annotations'")
     return annotations
 
 
-def _mask(annotation: dict[str, Any], size: tuple[int, int], path: Path) -> np.ndarray:
+def _mask(annotation: dict[str, Any], size: tuple[int, int], name: str) -> np.ndarray:
     """Expand one mask, -> (H, W) bool; `ValueError` that names the file if it does not fit the picture."""
     try:
         rle = annotation.get("segmentation")
@@ -63,4 +118,4 @@ def _mask(annotation: dict[str, Any], size: tuple[int, int], path: Path) -> np.n
             raise ValueError(f"mask of {rle_size(rle)} in a picture of {size} (height, width)")
         return decode_rle(rle)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{name}.json: {error}") from error

@@ -143,11 +143,16 @@ class FinetuneArguments(TrainerArguments):
     train_scenes: bool = option(False, "Train on generated scenes.")
     train_annotations: str | None = option(None, "COCO instances json to train on.")
     train_images: str | None = option(None, "Image folder of train_annotations.")
-    train_sa1b: str | None = option(None, "Folder in the layout of SA-1B to train on: NAME.jpg beside NAME.json.")
+    train_sa1b: str | None = option(
+        None,
+        "Folder in the layout of SA-1B to train on: NAME.jpg beside NAME.json, loose, or in tars that are streamed.",
+    )
     train_dataset: str | None = option(
         None, "Data set to train on: a folder of `datasets` (save_to_disk), or what load_dataset takes."
     )
     train_split: str = option("train", "Split of train_dataset.")
+    stream: bool = option(False, "Read train_dataset from its beginning as it comes, without storing it.")
+    shuffle_buffer: int = option(256, "Samples of a stream among which the next one is drawn.")
     image_column: str = option("image", "Column of train_dataset with the pictures.")
     masks_column: str = option(
         "masks", "Column of train_dataset with a label picture, a list of mask pictures, or a list of RLE masks."
@@ -192,7 +197,7 @@ class FinetuneArguments(TrainerArguments):
             )
         for name in ("data_workers", "evaluate_scenes"):
             self._check(name, lambda value: value >= 0, "at least 0")
-        for name in ("objects_per_image", "eval_limit"):
+        for name in ("objects_per_image", "eval_limit", "shuffle_buffer"):
             self._check(name, lambda value: value is None or value >= 1, "at least 1")
         for name in LOSS_WEIGHTS:
             self._check(name, lambda value: value >= 0, "at least 0")

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From an annotated picture to what a training batch holds of it."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..data.augmentation import Augmentation
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """Draws objects of an annotated picture, changes both at random, and stretches them to a square.
+
+    A sample is {"image": RGB PIL image, "masks": (N, H, W) bool array, "image_id" (optional)}. Pictures and masks are
+    stretched as `image_processor` does it. Objects that cover less than `min_area` or more than `max_area` of the
+    picture are left out; of the others up to `objects` are drawn. A random change that would leave none is not made.
+    """
+
+    image_processor: Any
+    objects: int = 8
+    min_area: float = 0.0
+    max_area: float = 0.9
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __call__(
+        self, sample: dict[str, Any], size: int, generator: np.random.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """pixel_values (3, S, S), masks (Q, S, S) bool, object_mask (Q), padded at the end to Q = `objects`.
+
+        Raises ValueError if the masks do not fit their picture, or if it holds no object to train on.
+        """
+        self._check(sample)
+        changed = self.augmentation(sample, generator)
+        if not len(self._usable(changed["masks"])):
+            changed = sample
+        image, masks = changed["image"], changed["masks"]
+        chosen = generator.permutation(self._usable(masks))[: self.objects]
+        stretched = stretch_masks(torch.from_numpy(np.ascontiguousarray(masks[chosen])), size)
+        pixels = self.image_processor(images=image, size=size, return_tensors="pt")["pixel_values"][0]
+        missing = self.objects - len(stretched)
+        real = torch.arange(self.objects) < len(stretched)
+        return pixels, F.pad(stretched, (0, 0, 0, 0, 0, missing)), real
+
+    def _check(self, sample: dict[str, Any]) -> None:
+        image, masks = sample["image"], sample["masks"]
+        if masks.dtype != bool or masks.ndim != 3 or masks.shape[1:] != (image.height, image.width):
+            raise ValueError(
+                f"masks must be bool of shape (N, {image.height}, {image.width}) like their picture, "
+                f"got {masks.dtype} of shape {masks.shape}"
+            )
+        if not len(self._usable(masks)):
+            name = f"picture {sample['image_id']}: " if "image_id" in sample else ""
+            raise ValueError(
+                f"{name}none of {len(masks)} objects covers {self.min_area} to {self.max_area} of the picture"
+            )
+
+    def _usable(self, masks: np.ndarray) -> np.ndarray:
+        """Indices of the objects of fitting size."""
+        shares = np.count_nonzero(masks, axis=(1, 2)) / masks[0].size if len(masks) else np.zeros(0)
+        return np.flatnonzero((shares > 0) & (shares >= self.min_area) & (shares <= self.max_area))
+
+
+def stretch_masks(masks: torch.Tensor, size: int) -> torch.Tensor:
+    """Masks at another resolution: (N, H, W) bool -> (N, size, size) bool, pixels of which half or more is covered.
+
+    A mask too thin to cover half of any pixel keeps those it covers most; none becomes empty.
+    """
+    stretched = masks.new_empty(len(masks), size, size)
+    for index, mask in enumerate(masks):  # one by one: 64 large masks as floats would be a gigabyte
+        covered = F.interpolate(mask[None, None].float(), (size, size), mode="area")[0, 0]
+        torch.logical_and(covered >= covered.amax().clamp(max=0.5), covered > 0, out=stretched[index])
+    return stretched
