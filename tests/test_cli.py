@@ -412,6 +412,28 @@ def test_evaluate_compares_models(coco: list[str], model_folder: str, tmp_path: 
     assert printed.count(model_folder) == 3 and "uniform:3" in printed and "+0.0000" in printed
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_evaluate_measures_average_precision(coco: list[str], model_folder: str, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "ap.json"
+    arguments = [
+        "evaluate",
+        model_folder,
+        "--device",
+        "cpu",
+        *coco,
+        "--boxes",
+        "ground-truth",
+        "--output",
+        str(output),
+    ]
+    assert main(arguments) == 0
+    numbers = json.loads(output.read_text())["average_precision"]
+    assert set(numbers) == {"box_iou", "predicted_iou"} and 0 <= numbers["box_iou"]["AP50"] <= 1
+    assert f"{numbers['box_iou']['AP']:.4f}" in capsys.readouterr().out
+    scenes = ["evaluate", model_folder, "--scenes", "2", "--boxes", "ground-truth"]
+    assert "--boxes needs --annotations" in refused(scenes, capsys)
+
+
 def test_evaluate_on_scenes(model_folder: str, tmp_path: Path) -> None:
     output = tmp_path / "metrics.json"
     arguments = ["evaluate", model_folder, "--device", "cpu", "--scenes", "3", "--prompts", "box"]

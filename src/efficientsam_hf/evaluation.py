@@ -4,8 +4,7 @@
 Works for every promptable model with the calling conventions of `SamModel` and `SamProcessor`.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +15,11 @@ from tqdm import tqdm
 
 from .data.prompts import center_points, tight_boxes, uniform_points
 from .metrics import bootstrap_difference, chosen_and_best, mask_area, mask_iou
+from .prompted_image import PromptedImage, compute_context, evaluating
 
 
 PROTOCOLS = ("center", "uniform", "box")
 SIZES = ("small", "medium", "large")
-MAX_LOGITS = 2**25  # full-size logits held at once: 128 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -71,7 +70,6 @@ def evaluate(model: torch.nn.Module, processor: Any, samples: Sequence[dict[str,
     return score_objects(model, processor, samples, **options).summary()
 
 
-@torch.no_grad()
 def score_objects(
     model: torch.nn.Module,
     processor: Any,
@@ -98,27 +96,22 @@ def score_objects(
     their image, or samples without any object.
     """
     _check_arguments(prompts, clicks, limit, prompt_chunk)
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    compute = _compute_context(model, device, dtype)
+    compute_context(model, dtype)
     count = len(samples) if limit is None else min(limit, len(samples))
     images: list[torch.Tensor] = []
     shares: list[torch.Tensor] = []
     ious: dict[str, list[torch.Tensor]] = {}
-    training = model.training
-    model.to(device).eval()
-    try:
+    with evaluating(model, device):
         for index in tqdm(range(count), desc="evaluate", unit="image", disable=not progress):
             image, masks = _check_sample(samples[index], index)
             if len(masks) == 0:
                 continue
-            scorer = _ImageScorer(model, processor, image, masks, device, compute, prompt_chunk)
+            scorer = _ImageScorer(PromptedImage(model, processor, image, dtype, prompt_chunk), masks)
             for name in prompts:
                 for protocol, values in scorer.score(name, clicks, _generator(seed, index)).items():
                     ious.setdefault(protocol, []).append(values)
             images.append(torch.full((len(masks),), index))
             shares.append(mask_area(masks) / masks[0].numel())
-    finally:
-        model.train(training)
     if not shares:
         raise ValueError(f"there is nothing to evaluate: no objects in {count} of {len(samples)} samples")
     scores = {name: torch.cat(values) for name, values in ious.items()}
@@ -126,24 +119,12 @@ def score_objects(
 
 
 class _ImageScorer:
-    """One picture, embedded at the first prompt, and the masks to compare with."""
+    """One picture and the masks to compare with."""
 
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        processor: Any,
-        image: Image.Image,
-        masks: torch.Tensor,
-        device: torch.device,
-        compute: Callable[[], AbstractContextManager],
-        prompt_chunk: int,
-    ) -> None:
-        self.model, self.processor, self.image, self.masks = model, processor, image, masks
-        self.device, self.compute = device, compute
-        self.chunk = max(1, min(prompt_chunk, MAX_LOGITS // (3 * masks[0].numel())))
-        parts = getattr(getattr(model, "config", None), "prompt_encoder_config", None)
+    def __init__(self, picture: PromptedImage, masks: torch.Tensor) -> None:
+        self.picture, self.masks = picture, masks
+        parts = getattr(getattr(picture.model, "config", None), "prompt_encoder_config", None)
         self.background = getattr(parts, "background_points", True)  # a switch of ours; other models take them
-        self.embeddings: torch.Tensor | None = None
 
     def score(self, prompt: str, clicks: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
         """IoU of the chosen and of the best mask of each object, by protocol: {name: (N, 2)}."""
@@ -169,35 +150,11 @@ class _ImageScorer:
 
     def _answer(self, **prompts: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """IoU of the chosen and of the best mask (N, 2), and the chosen masks (N, H, W)."""
-        inputs = self.processor(images=self.image, return_tensors="pt", **prompts)
-        names = [name for name in ("input_points", "input_labels", "input_boxes") if inputs.get(name) is not None]
-        if self.embeddings is None:
-            self.embeddings = self._embed(inputs["pixel_values"])
         scores, chosen = [], []
-        for start in range(0, len(self.masks), self.chunk):
-            part = slice(start, start + self.chunk)
-            masks, predicted = self._decode({name: inputs[name][:, part] for name in names}, inputs)
+        for part, masks, predicted in self.picture.answers(**prompts):
             scores.append(torch.stack(chosen_and_best(mask_iou(masks, self.masks[part, None]), predicted), -1))
             chosen.append(masks[torch.arange(len(masks)), predicted.argmax(-1)])
         return torch.cat(scores), torch.cat(chosen)
-
-    def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(1, 3, H, W) -> image embeddings, in the weights' dtype."""
-        weights = next(self.model.parameters())
-        with self.compute():
-            return self.model.get_image_embeddings(pixel_values.to(self.device, weights.dtype))
-
-    def _decode(self, prompts: dict[str, torch.Tensor], inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Masks (Q, 3, H, W) bool at the picture's resolution and predicted IoU (Q, 3), both on the CPU."""
-        prompts = {
-            name: value.to(self.device, torch.float32) if value.is_floating_point() else value.to(self.device)
-            for name, value in prompts.items()
-        }
-        with self.compute():
-            outputs = self.model(image_embeddings=self.embeddings, multimask_output=True, **prompts)
-        logits = outputs.pred_masks.float()
-        masks = self.processor.post_process_masks(logits, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0]
-        return masks.cpu(), outputs.iou_scores[0].float().cpu()
 
 
 def _correcting_clicks(
@@ -230,18 +187,6 @@ def _generator(seed: int, index: int) -> torch.Generator:
     """Generator that depends on the seed and the image's index alone."""
     state = np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state >> np.uint64(1)))
-
-
-def _compute_context(
-    model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None
-) -> Callable[[], AbstractContextManager]:
-    """Autocast where `dtype` is not the weights' own; `ValueError` for float32 over half-precision weights."""
-    weights = next(model.parameters()).dtype
-    if dtype is None or dtype == weights:
-        return nullcontext
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise ValueError(f"dtype {dtype} cannot be computed from {weights} weights: load the model in that dtype")
-    return lambda: torch.autocast(device.type, dtype)
 
 
 def _check_arguments(prompts: Sequence[str], clicks: Sequence[int], limit: int | None, prompt_chunk: int) -> None:

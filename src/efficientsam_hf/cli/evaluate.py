@@ -47,6 +47,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--clicks", nargs="+", type=int, default=[1], metavar="N", help="score after so many clicks, such as 1 3 5 (1)"
     )
+    parser.add_argument(
+        "--boxes",
+        metavar="ground-truth|B.json",
+        help="measure mask AP of these boxes instead: the annotations' own, or a detector's as COCO results",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random clicks and of --scenes (0)")
     parser.add_argument("--prompt-chunk", type=int, default=32, metavar="N", help="prompts decoded at once (32)")
@@ -67,7 +72,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--clicks must be at least 1, got {min(args.clicks)}")
     if args.output:
         check_writable(Path(args.output).parent)
+    if args.boxes and not args.annotations:
+        raise ValueError("--boxes needs --annotations and --images")
     samples = _coco_samples(args) if args.annotations else None
+    if args.boxes:
+        return _average_precision(args, samples)
     records, first, differences = [], None, []
     for name in args.models or [None]:
         model, processor = load_model(name, args)
@@ -90,6 +99,38 @@ def run(args: argparse.Namespace) -> int:
         write_json(Path(args.output), several if differences else records[0])
         print(f"wrote {args.output}")
     return 0
+
+
+def _average_precision(args: argparse.Namespace, samples: Any) -> int:
+    """AP of each model, as a table and in the file."""
+    from ..average_precision import average_precision, read_detections
+
+    detections = None if args.boxes == "ground-truth" else read_detections(args.boxes)
+    records = []
+    for name in args.models or [None]:
+        model, processor = load_model(name, args)
+        start = time.perf_counter()
+        numbers = average_precision(
+            model, processor, samples, detections, limit=args.limit, prompt_chunk=args.prompt_chunk
+        )
+        seconds = round(time.perf_counter() - start, 1)
+        records.append({"average_precision": numbers, "seconds": seconds, **_describe_run(args, name, model)})
+        if len(args.models) > 1:
+            print(name)
+        print(format_average_precision(numbers))
+    if args.output:
+        write_json(Path(args.output), {"models": records} if len(records) > 1 else records[0])
+        print(f"wrote {args.output}")
+    return 0
+
+
+def format_average_precision(numbers: dict[str, dict[str, float]]) -> str:
+    """A line for each way of choosing among three masks."""
+    names = list(next(iter(numbers.values())))
+    lines = ["mask chosen by  " + "".join(name.rjust(8) for name in names)]
+    for choice, values in numbers.items():
+        lines.append(choice.ljust(16) + "".join(f"{values[name]:8.4f}" for name in names))
+    return "\n".join(lines)
 
 
 def _score(args: argparse.Namespace, model: Any, processor: Any, samples: Any) -> Any:

@@ -25,14 +25,14 @@ class CocoSamples:
     def __init__(self, annotations: str | Path, image_folder: str | Path, skip_crowd: bool = True) -> None:
         self.annotations = Path(annotations)
         self.image_folder = Path(image_folder)
-        content = _read_instances(self.annotations)
+        content = self._content = _read_instances(self.annotations)
         self._segmentations = self._group_by_image(content, skip_crowd)
         if any(isinstance(entry, list) for entries in self._segmentations.values() for entry in entries):
             _import_pycocotools()
         self._images = [image for image in content["images"] if self._segmentations[image["id"]]]
         if not self._images:
             raise ValueError(f"{self.annotations} holds no objects to use: {len(content['annotations'])} annotations")
-        self._check_pictures()
+        self._check_pictures(self._images)
 
     def __len__(self) -> int:
         return len(self._images)
@@ -54,6 +54,40 @@ class CocoSamples:
             "image_id": record["id"],
         }
 
+    def complete_annotations(self, limit: int | None = None) -> dict[str, Any]:
+        """The file's content for the COCO API, of all pictures or the first `limit`, with or without objects.
+
+        Annotations get numbers from 1 on, and where the file lacks them, "area" and "bbox" of their mask, "iscrowd" 0
+        and "category_id" 1. "left_out" has the ids of the pictures beyond the limit. Raises `FileNotFoundError` if a
+        picture is missing.
+        """
+        images = self._content["images"][:limit]
+        self._check_pictures(images)
+        by_id = {image["id"]: image for image in images}
+        kept = [entry for entry in self._content["annotations"] if entry["image_id"] in by_id]
+        annotations = [
+            {**self._missing_fields(entry, by_id[entry["image_id"]]), **entry, "id": number}
+            for number, entry in enumerate(kept, 1)
+        ]
+        categories = self._content.get("categories") or [
+            {"id": number, "name": str(number)} for number in sorted({entry["category_id"] for entry in annotations})
+        ]
+        left_out = [image["id"] for image in self._content["images"] if image["id"] not in by_id]
+        return {"images": images, "annotations": annotations, "categories": categories, "left_out": left_out}
+
+    def _missing_fields(self, annotation: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+        """Defaults of what an annotation may lack; its mask is expanded only if it must be measured."""
+        fields: dict[str, Any] = {"iscrowd": 0, "category_id": 1}
+        if "area" not in annotation or "bbox" not in annotation:
+            mask = self._mask(annotation["segmentation"], (record["height"], record["width"]), record)
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            box = [0.0] * 4
+            if len(rows):
+                left, top = float(columns[0]), float(rows[0])
+                box = [left, top, float(columns[-1]) + 1 - left, float(rows[-1]) + 1 - top]
+            fields |= {"area": float(mask.sum()), "bbox": box}
+        return fields
+
     def _group_by_image(self, content: dict[str, Any], skip_crowd: bool) -> dict[Any, list[Any]]:
         """Segmentations of each image id; `ValueError` at an annotation of an image that the file does not list."""
         groups: dict[Any, list[Any]] = {image["id"]: [] for image in content["images"]}
@@ -67,11 +101,11 @@ class CocoSamples:
                 groups[annotation["image_id"]].append(annotation["segmentation"])
         return groups
 
-    def _check_pictures(self) -> None:
+    def _check_pictures(self, images: list[dict[str, Any]]) -> None:
         """`FileNotFoundError` that counts the pictures missing on disk and names the first."""
         if not self.image_folder.is_dir():
             raise FileNotFoundError(f"image folder {self.image_folder} does not exist or is not a folder")
-        names = [image["file_name"] for image in self._images]
+        names = [image["file_name"] for image in images]
         missing = [name for name in names if not (self.image_folder / name).is_file()]
         if missing:
             raise FileNotFoundError(

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Average precision of masks that a promptable model makes of boxes, measured by pycocotools."""
+
+import contextlib
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .data.coco import CocoSamples
+from .metrics import mask_iou
+from .models.image_processing_efficientsam import open_image
+from .models.rle_efficientsam import encode_rle
+from .prompted_image import PromptedImage, compute_context, evaluating
+
+
+CHOICES = ("box_iou", "predicted_iou")
+NUMBERS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5}
+
+
+def average_precision(
+    model: torch.nn.Module,
+    processor: Any,
+    samples: CocoSamples,
+    detections: list[dict[str, Any]] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    limit: int | None = None,
+    prompt_chunk: int = 32,
+    progress: bool = True,
+) -> dict[str, dict[str, float]]:
+    """Mask AP of the COCO API over the annotations of `samples`, each box becoming one mask.
+
+    `detections` are COCO results, {"image_id", "category_id", "bbox": [x, y, width, height], "score"} each; None takes
+    the boxes of the annotations, all with score 1. Of the three masks of a box, "box_iou" takes the one with the
+    highest IoU with the box itself (EfficientSAM paper, instance segmentation), "predicted_iou" the one with the
+    highest predicted IoU. With `limit` only the first pictures count, for both sides.
+
+    Returns {"box_iou": {"AP", "AP50", "AP75", "APs", "APm", "APl"}, "predicted_iou": {...}}, from 0 to 1; -1 where
+    there is no object of that size. Raises ImportError without pycocotools, and ValueError for detections of pictures
+    that the annotations do not have.
+    """
+    try:
+        from pycocotools.coco import COCO
+    except ImportError as error:
+        raise ImportError("AP is measured by pycocotools: pip install 'efficientsam-hf[eval]'") from error
+    compute_context(model, dtype)
+    truth = samples.complete_annotations(limit)
+    boxes = _boxes_by_image(truth, detections)
+    results: dict[str, list[dict[str, Any]]] = {choice: [] for choice in CHOICES}
+    with evaluating(model, device):
+        for record in tqdm(truth["images"], desc="AP", unit="image", disable=not progress):
+            found = boxes[record["id"]]
+            if found:
+                image = open_image(samples.image_folder / record["file_name"])
+                picture = PromptedImage(model, processor, image, dtype, prompt_chunk)
+                _segment(picture, found, results)
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        return {choice: _measure(coco, entries) for choice, entries in results.items()}
+
+
+def read_detections(path: str | Path) -> list[dict[str, Any]]:
+    """Read a COCO results file of boxes; `FileNotFoundError`, or `ValueError` that names the first bad entry."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"detections {path} does not exist")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
+    if not isinstance(content, list):
+        raise ValueError(f"{path} is no COCO results file: it must hold a list")
+    for position, entry in enumerate(content):
+        lacking = [name for name in ("image_id", "category_id", "bbox", "score") if name not in dict(entry)]
+        if lacking:
+            raise ValueError(f"{path}: entry {position} lacks {', '.join(lacking)}")
+    return content
+
+
+def _boxes_by_image(truth: dict[str, Any], detections: list[dict[str, Any]] | None) -> dict[Any, list[dict[str, Any]]]:
+    """Boxes to prompt with, by picture; boxes without an extent are left out, since they can match nothing."""
+    known = {record["id"] for record in truth["images"]} | set(truth["left_out"])
+    source = [{**entry, "score": 1.0} for entry in truth["annotations"]] if detections is None else detections
+    boxes: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+    for entry in source:
+        if entry["image_id"] not in known:
+            raise ValueError(f"detections: picture {entry['image_id']!r} is not among those of the annotations")
+        if entry["bbox"][2] > 0 and entry["bbox"][3] > 0 and not entry.get("iscrowd"):
+            boxes[entry["image_id"]].append(entry)
+    return boxes
+
+
+def _segment(picture: PromptedImage, boxes: list[dict[str, Any]], results: dict[str, list[dict[str, Any]]]) -> None:
+    """Prompt with all boxes of a picture and add a COCO result for each to both lists of `results`."""
+    corners = torch.tensor([entry["bbox"] for entry in boxes], dtype=torch.float64)
+    corners[:, 2:] += corners[:, :2]
+    for part, masks, predicted in picture.answers(input_boxes=[corners.tolist()]):
+        filled = _filled(corners[part], masks.shape[-2:])
+        scores = {"box_iou": mask_iou(masks, filled[:, None]), "predicted_iou": predicted}
+        for choice, values in scores.items():
+            chosen = masks[torch.arange(len(masks)), values.argmax(-1)].numpy()
+            for entry, mask in zip(boxes[part], chosen, strict=True):
+                results[choice].append(
+                    {
+                        "image_id": entry["image_id"],
+                        "category_id": entry["category_id"],
+                        "segmentation": encode_rle(mask),
+                        "score": entry["score"],
+                    }
+                )
+
+
+def _filled(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Pixels whose centres lie in the boxes, (N, 4) xyxy -> (N, H, W) bool."""
+    y, x = (torch.arange(side) + 0.5 for side in size)
+    left, top, right, bottom = boxes[:, :, None].unbind(1)
+    inside_x, inside_y = (x >= left) & (x < right), (y >= top) & (y < bottom)
+    return inside_y[:, :, None] & inside_x[:, None]
+
+
+def _measure(coco: Any, results: list[dict[str, Any]]) -> dict[str, float]:
+    from pycocotools.cocoeval import COCOeval
+
+    if not results:
+        return dict.fromkeys(NUMBERS, 0.0)
+    evaluator = COCOeval(coco, coco.loadRes(results), "segm")
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    return {name: float(evaluator.stats[index]) for name, index in NUMBERS.items()}

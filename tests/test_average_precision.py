@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask AP of boxes: against numbers known by construction and against pycocotools run by hand."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from efficientsam_hf.average_precision import average_precision, read_detections
+from efficientsam_hf.data.coco import CocoSamples
+from efficientsam_hf.models.rle_efficientsam import encode_rle
+
+
+# pycocotools' compiled part still speaks the array protocol of numpy 1.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+HEIGHT, WIDTH = 60, 80
+# (picture, box x0 y0 x1 y1), the objects being rectangles
+OBJECTS = [(1, (4, 4, 44, 44)), (1, (50, 10, 70, 30)), (2, (10, 10, 60, 50))]
+
+
+class Processor:
+    """Model pixels are the picture's."""
+
+    def __call__(self, images: Image.Image, return_tensors: str, input_boxes: list) -> dict[str, Any]:
+        size = [[images.height, images.width]]
+        pixels = torch.zeros(1, 3, images.height, images.width)
+        boxes = torch.tensor(input_boxes)
+        return {"pixel_values": pixels, "input_boxes": boxes, "original_sizes": size, "reshaped_input_sizes": size}
+
+    def post_process_masks(self, masks: torch.Tensor, original_sizes: Any, reshaped_input_sizes: Any) -> list:
+        return [masks[0] > 0]
+
+
+class Filler(torch.nn.Module):
+    """Answers a box with its upper half, its whole and its left tenth; the score prefers the half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def get_image_embeddings(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return pixel_values
+
+    def forward(self, image_embeddings, multimask_output, input_boxes) -> SimpleNamespace:
+        boxes = input_boxes[0].round().int().tolist()
+        logits = -torch.ones(1, len(boxes), 3, *image_embeddings.shape[-2:])
+        for index, (left, top, right, bottom) in enumerate(boxes):
+            logits[0, index, 0, top : (top + bottom) // 2, left:right] = 1
+            logits[0, index, 1, top:bottom, left:right] = 1
+            logits[0, index, 2, top:bottom, left : left + (right - left) // 10] = 1
+        return SimpleNamespace(pred_masks=logits, iou_scores=torch.tensor([0.9, 0.5, 0.1]).expand(1, len(boxes), 3))
+
+
+@pytest.fixture
+def samples(tmp_path: Path) -> CocoSamples:
+    annotations = []
+    for number, (picture, (left, top, right, bottom)) in enumerate(OBJECTS):
+        mask = np.zeros((HEIGHT, WIDTH), bool)
+        mask[top:bottom, left:right] = True
+        annotations.append({"id": number, "image_id": picture, "segmentation": encode_rle(mask)})
+    images = [{"id": k, "file_name": f"{k}.png", "width": WIDTH, "height": HEIGHT} for k in (1, 2, 3)]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    for k in (1, 2, 3):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / f"{k}.png")
+    return CocoSamples(path, tmp_path)
+
+
+def detection(picture: int, box: tuple[int, int, int, int], score: float) -> dict[str, Any]:
+    left, top, right, bottom = box
+    return {
+        "image_id": picture, "category_id": 1, "bbox": [left, top, right - left, bottom - top], "score": score,
+    }  # fmt: skip
+
+
+def measure(samples: CocoSamples, **options: Any) -> dict[str, dict[str, float]]:
+    return average_precision(Filler(), Processor(), samples, progress=False, **options)
+
+
+def test_boxes_of_the_annotations(samples: CocoSamples) -> None:
+    result = measure(samples)
+    assert result["box_iou"]["AP"] == pytest.approx(1)
+    assert result["box_iou"]["APs"] == pytest.approx(1)  # 20 x 20
+    assert result["box_iou"]["APl"] == -1
+    # Half of the object is IoU 0.5, which counts at the first of the ten thresholds only.
+    assert result["predicted_iou"]["AP50"] == pytest.approx(1) and result["predicted_iou"]["AP"] == pytest.approx(0.1)
+    assert result == measure(samples, prompt_chunk=1)
+
+
+def test_boxes_of_a_detector_with_a_false_and_a_missing_one(samples: CocoSamples) -> None:
+    found = [detection(*OBJECTS[0], 0.9), detection(3, (0, 0, 20, 20), 0.8), detection(*OBJECTS[2], 0.7)]
+    result = measure(samples, detections=found)["box_iou"]
+    # Precision at recall up to 1/3 is 1, up to 2/3 it is 2/3: 34 and 33 of the 101 recall levels.
+    assert result["AP"] == pytest.approx((34 + 33 * 2 / 3) / 101, abs=1e-6)
+
+
+def test_agrees_with_pycocotools_run_by_hand(samples: CocoSamples, tmp_path: Path, capsys) -> None:
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    generator = np.random.default_rng(0)
+    found = [
+        detection(picture, tuple(int(v) for v in np.array(box) + generator.integers(-6, 7, 4).clip(-4)), float(score))
+        for (picture, box), score in zip(OBJECTS * 4, generator.random(12))
+    ]
+    truth, results = samples.complete_annotations(), []
+    for entry in found:
+        x, y, width, height = entry["bbox"]
+        mask = np.zeros((HEIGHT, WIDTH), bool)
+        mask[max(y, 0) : y + height, max(x, 0) : x + width] = True
+        results.append({**entry, "segmentation": encode_rle(mask)})
+        del results[-1]["bbox"]
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    coco = COCO(str(tmp_path / "truth.json"))
+    by_hand = COCOeval(coco, coco.loadRes(str(tmp_path / "results.json")), "segm")
+    by_hand.evaluate()
+    by_hand.accumulate()
+    by_hand.summarize()
+    capsys.readouterr()
+    ours = measure(samples, detections=found)["box_iou"]
+    assert list(ours.values()) == pytest.approx(by_hand.stats[:6].tolist())
+    assert 0 < ours["AP"] < 1
+    assert capsys.readouterr().out == ""
+
+
+def test_the_limit_holds_for_both_sides(samples: CocoSamples) -> None:
+    found = [detection(*entry, 0.5) for entry in OBJECTS]
+    assert measure(samples, detections=found, limit=1)["box_iou"]["AP"] == pytest.approx(1)
+
+
+def test_detections_that_cannot_be_used(samples: CocoSamples, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="picture 9 is not among"):
+        measure(samples, detections=[detection(9, (0, 0, 5, 5), 1.0)])
+    assert measure(samples, detections=[])["box_iou"]["AP"] == 0
+    path = tmp_path / "detections.json"
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_detections(path)
+    for content, words in (
+        ("{", "not a JSON"),
+        ("{}", "must hold a list"),
+        ('[{"score": 1}]', "entry 0 lacks image_id"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=words):
+            read_detections(path)
