@@ -373,7 +373,8 @@ def test_evaluate_prints_and_writes(
 ) -> None:
     output = tmp_path / "deep" / "metrics.json"
     arguments = ["evaluate", model_folder, "--device", "cpu", *coco, "--output", str(output)]
-    assert main([*arguments, "--prompts", "center", "box"]) == 0
+    assert main([*arguments, "--prompts", "center", "box", "--save-worst", "1"]) == 0
+    assert [path.parent.name for path in sorted(output.parent.glob("worst/*/001_iou_*.png"))] == ["box", "center"]
     record = json.loads(output.read_text())
     metrics = record["metrics"]
     assert metrics["objects"] == 2 and set(metrics) >= {"center", "box"} and "uniform" not in metrics
@@ -392,6 +393,7 @@ def test_evaluate_refuses(coco: list[str], model_folder: str, tmp_path: Path, ca
     assert "--scenes must be at least 1" in refused([*arguments, "--scenes", "0"], capsys)
     assert "invalid choice: 'click'" in refused([*arguments, *coco, "--prompts", "click"], capsys)
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "0"], capsys)
+    assert "--save-worst needs" in refused([*arguments, *coco, "--save-worst", "2"], capsys)
     assert "--clicks must be" in refused([*arguments, *coco, "--clicks", "0"], capsys)
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "-3"], capsys)
     absent = ["--annotations", str(tmp_path / "no.json"), "--images", str(tmp_path)]

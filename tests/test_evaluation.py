@@ -11,7 +11,7 @@ from PIL import Image
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
 from efficientsam_hf.data.prompts import center_points, tight_boxes
-from efficientsam_hf.evaluation import evaluate, score_objects
+from efficientsam_hf.evaluation import evaluate, score_objects, worst_pictures
 from efficientsam_hf.metrics import mask_iou
 
 
@@ -196,6 +196,24 @@ def test_two_models_are_compared_object_by_object() -> None:
         whole.compare(scores((0.1, 0.9, 0.2), limit=1))
     with pytest.raises(ValueError, match="same prompts"):
         whole.compare(scores((0.1, 0.9, 0.2), seed=1))
+
+
+def test_the_worst_come_first_with_the_answer_that_was_scored() -> None:
+    model, samples = BoxFiller((0.9, 0.1, 0.2)), SAMPLES[::-1]
+    scores = score_objects(model, PlainProcessor(), samples, clicks=(1,), progress=False)
+    pictures = dict(worst_pictures(scores, model, PlainProcessor(), samples, "box", 2))
+    assert list(pictures) == ["001_iou_0.400_image_0_object_0", "002_iou_0.500_image_1_object_0"]
+    uniform = worst_pictures(scores, model, PlainProcessor(), samples, "uniform", 9)
+    clicked = len(model.clicks)
+    assert len(list(uniform)) == 3
+    assert set(model.clicks[clicked:]) <= set(model.clicks[:clicked])  # the same clicks once more
+    for picture in pictures.values():
+        left, right = (np.asarray(half).any() for half in (picture.crop((0, 0, *halved(picture))), picture))
+        assert left and right
+
+
+def halved(picture: Image.Image) -> tuple[int, int]:
+    return picture.width // 2, picture.height
 
 
 def test_each_image_is_embedded_once_and_prompts_come_in_chunks() -> None:

@@ -4,7 +4,7 @@
 Works for every promptable model with the calling conventions of `SamModel` and `SamProcessor`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from tqdm import tqdm
 from .data.prompts import center_points, tight_boxes, uniform_points
 from .metrics import bootstrap_difference, chosen_and_best, mask_area, mask_iou
 from .prompted_image import PromptedImage, compute_context, evaluating
+from .visualization import contact_sheet, draw_masks, draw_prompts
 
 
 PROTOCOLS = ("center", "uniform", "box")
@@ -118,11 +119,47 @@ def score_objects(
     return ObjectScores(torch.cat(images), torch.cat(shares), scores, seed)
 
 
+def worst_pictures(
+    scores: ObjectScores,
+    model: torch.nn.Module,
+    processor: Any,
+    samples: Sequence[dict[str, Any]],
+    protocol: str,
+    count: int,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Iterator[tuple[str, Image.Image]]:
+    """Names and pictures of the `count` objects with the lowest IoU in `protocol`, the worst first.
+
+    Left the object with its prompt, right the answer, made again from the same prompt as for `scores`.
+    """
+    kind, _, clicks = protocol.partition(":")
+    values = scores.ious[protocol][:, 0]
+    with evaluating(model, device):
+        for place, position in enumerate(values.argsort(stable=True)[:count].tolist(), 1):
+            index = int(scores.images[position])
+            number = position - int((scores.images < index).sum())  # of the object within its picture
+            image, masks = _check_sample(samples[index], index)
+            scorer = _ImageScorer(PromptedImage(model, processor, image, dtype), masks)
+            scorer.score(kind, (int(clicks or 1),), _generator(scores.seed, index))
+            prompts, chosen = scorer.last
+            prompt = {name: value[0][number] for name, value in prompts.items()}
+            left = draw_prompts(
+                draw_masks(image, masks[number].numpy()),
+                prompt.get("input_points"),
+                prompt.get("input_labels"),
+                [prompt["input_boxes"]] if "input_boxes" in prompt else None,
+            )
+            sheet = contact_sheet([left, draw_masks(image, chosen[number].numpy())], columns=2)
+            yield f"{place:03d}_iou_{values[position]:.3f}_image_{index}_object_{number}", sheet
+
+
 class _ImageScorer:
     """One picture and the masks to compare with."""
 
     def __init__(self, picture: PromptedImage, masks: torch.Tensor) -> None:
         self.picture, self.masks = picture, masks
+        self.last: tuple[dict[str, Any], torch.Tensor] | None = None  # prompts and chosen masks (N, H, W)
         parts = getattr(getattr(picture.model, "config", None), "prompt_encoder_config", None)
         self.background = getattr(parts, "background_points", True)  # a switch of ours; other models take them
 
@@ -154,7 +191,8 @@ class _ImageScorer:
         for part, masks, predicted in self.picture.answers(**prompts):
             scores.append(torch.stack(chosen_and_best(mask_iou(masks, self.masks[part, None]), predicted), -1))
             chosen.append(masks[torch.arange(len(masks)), predicted.argmax(-1)])
-        return torch.cat(scores), torch.cat(chosen)
+        self.last = prompts, torch.cat(chosen)
+        return torch.cat(scores), self.last[1]
 
 
 def _correcting_clicks(

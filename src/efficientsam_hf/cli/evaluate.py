@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..files import check_writable, write_json
+from ..files import check_writable, write_json, write_png
 from .loading import add_model_options, load_model
 
 
@@ -56,6 +56,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the random clicks and of --scenes (0)")
     parser.add_argument("--prompt-chunk", type=int, default=32, metavar="N", help="prompts decoded at once (32)")
     parser.add_argument(
+        "--save-worst",
+        type=int,
+        metavar="N",
+        help="write pictures of the N worst masks of each prompt beside --output",
+    )
+    parser.add_argument(
         "--output", metavar="metrics.json", help="write the numbers, command, machine and versions here"
     )
     add_model_options(parser)
@@ -64,16 +70,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate each model, print tables, write the file."""
-    if (args.annotations is None) != (args.images is None):
-        raise ValueError("--annotations and --images go together")
-    if args.scenes is not None and args.scenes < 1:
-        raise ValueError(f"--scenes must be at least 1, got {args.scenes}")
-    if min(args.clicks) < 1:
-        raise ValueError(f"--clicks must be at least 1, got {min(args.clicks)}")
-    if args.output:
-        check_writable(Path(args.output).parent)
-    if args.boxes and not args.annotations:
-        raise ValueError("--boxes needs --annotations and --images")
+    _check(args)
     samples = _coco_samples(args) if args.annotations else None
     if args.boxes:
         return _average_precision(args, samples)
@@ -89,6 +86,9 @@ def run(args: argparse.Namespace) -> int:
         if len(args.models) > 1:
             print(name)
         print(format_table(records[-1]["metrics"]))
+        if args.save_worst:
+            folder = Path(args.output).parent / "worst" / (str(len(records)) if len(args.models) > 1 else "")
+            _save_worst(folder, args.save_worst, scores, model, processor, samples)
         if first is None:
             first = scores
         else:
@@ -99,6 +99,34 @@ def run(args: argparse.Namespace) -> int:
         write_json(Path(args.output), several if differences else records[0])
         print(f"wrote {args.output}")
     return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """`ValueError` for options that do not go together, and `OSError` for an output that cannot be written."""
+    if (args.annotations is None) != (args.images is None):
+        raise ValueError("--annotations and --images go together")
+    if args.scenes is not None and args.scenes < 1:
+        raise ValueError(f"--scenes must be at least 1, got {args.scenes}")
+    if min(args.clicks) < 1:
+        raise ValueError(f"--clicks must be at least 1, got {min(args.clicks)}")
+    if args.save_worst is not None and (args.save_worst < 1 or not args.output or args.boxes):
+        raise ValueError("--save-worst needs a number of at least 1 and --output, and no --boxes")
+    if args.output:
+        check_writable(Path(args.output).parent)
+    if args.boxes and not args.annotations:
+        raise ValueError("--boxes needs --annotations and --images")
+
+
+def _save_worst(folder: Path, count: int, scores: Any, model: Any, processor: Any, samples: Any) -> None:
+    """Write FOLDER/PROTOCOL/*.png."""
+    from ..evaluation import worst_pictures
+
+    for protocol in scores.ious:
+        target = folder / protocol.replace(":", "_")
+        target.mkdir(parents=True, exist_ok=True)
+        for name, picture in worst_pictures(scores, model, processor, samples, protocol, count):
+            write_png(target / f"{name}.png", picture)
+        print(f"wrote {target}")
 
 
 def _average_precision(args: argparse.Namespace, samples: Any) -> int:
