@@ -14,7 +14,13 @@ import pytest
 import torch
 from torch import nn
 
-from efficientsam_hf.training.arguments import FinetuneArguments, TrainerArguments, build_arguments, read_recipe
+from efficientsam_hf.training.arguments import (
+    RECIPES,
+    FinetuneArguments,
+    TrainerArguments,
+    build_arguments,
+    read_recipe,
+)
 from efficientsam_hf.training.checkpoints import list_checkpoints
 from efficientsam_hf.training.ema import WeightAverage
 from efficientsam_hf.training.run_folder import open_run
@@ -331,9 +337,13 @@ def test_bad_arguments_are_named(tmp_path, changes, message) -> None:
 
 
 def test_recipes_are_valid_and_flags_win() -> None:
-    for name in ("smoke", "scenes_cpu", "scenes_gpu"):
-        arguments = build_arguments(FinetuneArguments, read_recipe(name), {"output_dir": "x", "learning_rate": 0.5})
-        assert arguments.train_scenes and arguments.learning_rate == 0.5
+    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    assert {"smoke", "scenes_cpu", "scenes_gpu", "sa1b_ti", "sa1b_s"} <= set(names)
+    for name in names:
+        recipe = read_recipe(name)
+        data = {} if recipe.get("train_scenes") else {"train_sa1b": str(RECIPES)}
+        arguments = build_arguments(FinetuneArguments, recipe, {"output_dir": "x", "learning_rate": 0.5, **data})
+        assert arguments.learning_rate == 0.5
 
 
 @pytest.mark.parametrize(
