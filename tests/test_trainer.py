@@ -166,29 +166,58 @@ def test_killed_run_resumes_with_the_same_bits(tmp_path) -> None:
     assert not [path for path in (run / "checkpoints").iterdir() if not path.name.startswith("step_")]
 
 
-def test_accumulation_equals_a_larger_batch(tmp_path) -> None:
-    def quarters(start, stage):
+class NoDropout(Line):
+    def forward(self, batch):
+        return {"loss": (self.linear(batch["x"]) - batch["y"]).square().mean()}
+
+
+def train_without_dropout(folder: Path, source=batches, **changes) -> None:
+    torch.manual_seed(0)
+    Trainer(NoDropout(), source, make_arguments(folder, image_sizes="32", max_steps=6, **changes)).train()
+
+
+def pieces(count: int, first: int, step: int):
+    """Batches of 8 cut into `count` pieces: pieces first, first + step, ... of all of them in a row."""
+
+    def source(start: int, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
         for number in range(start, 10**9):
-            whole = next(batches(number // 4, Stage(0.0, 32, 8)))
-            part = slice(number % 4 * 2, number % 4 * 2 + 2)
-            yield {name: value[part] for name, value in whole.items()}
+            batch, piece = divmod(first + number * step, count)
+            whole = next(batches(batch, Stage(0.0, 32, 8)))
+            yield {name: value.chunk(count)[piece] for name, value in whole.items()}
 
-    def without_dropout(source, folder, **changes):
-        torch.manual_seed(0)
-        arguments = make_arguments(folder, image_sizes="32", max_steps=6, **changes)
-        Trainer(NoDropout(), source, arguments).train()
-        return weights(folder / "model")
+    return source
 
-    class NoDropout(Line):
-        def forward(self, batch):
-            loss = (self.linear(batch["x"]) - batch["y"]).square().mean()
-            return {"loss": loss}
 
-    large = without_dropout(batches, tmp_path / "large", batch_size=8)
-    parts = without_dropout(quarters, tmp_path / "parts", batch_size=2, gradient_accumulation=4)
+def test_accumulation_equals_a_larger_batch(tmp_path) -> None:
+    train_without_dropout(tmp_path / "large", batch_size=8)
+    train_without_dropout(tmp_path / "parts", pieces(4, 0, 1), batch_size=2, gradient_accumulation=4)
+    large, parts = (weights(tmp_path / name / "model") for name in ("large", "parts"))
     for name, value in large.items():
         torch.testing.assert_close(value, parts[name], atol=1e-5, rtol=1e-5)
     assert log(tmp_path / "large", "end")[0]["images"] == log(tmp_path / "parts", "end")[0]["images"] == 48
+
+
+TWO_PROCESSES = """
+import os, sys
+from pathlib import Path
+from test_trainer import pieces, train_without_dropout
+train_without_dropout(Path(sys.argv[1]), pieces(2, int(os.environ["RANK"]), 2), batch_size=4)
+"""
+
+
+def test_two_processes_equal_one_with_the_larger_batch(tmp_path) -> None:
+    tests = Path(__file__).parent
+    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, str(tmp_path / "two.py"), str(tmp_path / "two")]
+    done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    train_without_dropout(tmp_path / "one", batch_size=8)
+    one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=1e-5, rtol=1e-5)
+    assert log(tmp_path / "one", "end")[0]["images"] == log(tmp_path / "two", "end")[0]["images"] == 48
 
 
 def test_wall_clock_budget_ends_the_run_and_survives_resume(tmp_path) -> None:
