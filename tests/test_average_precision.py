@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from efficientsam_hf.average_precision import average_precision, read_detections
 from efficientsam_hf.data.coco import CocoSamples
+from efficientsam_hf.evaluation import average_precision, read_detections
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 
 

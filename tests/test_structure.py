@@ -35,7 +35,7 @@ PORTABLE = {"torch", "numpy", "PIL", "transformers", "huggingface_hub"}
 
 # What pyproject.toml declares, by the name it is imported under: core, then extras.
 DECLARED = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "PIL", "tqdm"}
-DECLARED |= {"accelerate", "datasets", "yaml", "pycocotools", "gradio"}
+DECLARED |= {"accelerate", "datasets", "peft", "yaml", "pycocotools", "gradio"}
 
 
 def part_of(path: Path) -> str:

@@ -131,7 +131,7 @@ def _save_worst(folder: Path, count: int, scores: Any, model: Any, processor: An
 
 def _average_precision(args: argparse.Namespace, samples: Any) -> int:
     """AP of each model, as a table and in the file."""
-    from ..average_precision import average_precision, read_detections
+    from ..evaluation import average_precision, read_detections
 
     detections = None if args.boxes == "ground-truth" else read_detections(args.boxes)
     records = []

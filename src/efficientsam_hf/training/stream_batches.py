@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.scenes import scene_seed
@@ -43,6 +42,8 @@ class StreamBatches:
 
     def __call__(self, start: int, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
         """Batches from number `start` on, without end."""
+        from datasets.distributed import split_dataset_by_node  # scenes train without this library
+
         own = split_dataset_by_node(self.dataset, rank=self.rank, world_size=self.processes)
         if self.shuffle_buffer > 1:
             own = own.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)

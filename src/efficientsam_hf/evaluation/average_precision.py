@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .data.coco import CocoSamples
-from .metrics import mask_iou
-from .models.image_processing_efficientsam import open_image
-from .models.rle_efficientsam import encode_rle
+from ..data.coco import CocoSamples
+from ..metrics import mask_iou
+from ..models.image_processing_efficientsam import open_image
+from ..models.rle_efficientsam import encode_rle
 from .prompted_image import PromptedImage, compute_context, evaluating
 
 

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .data.prompts import center_points, tight_boxes, uniform_points
-from .metrics import bootstrap_difference, chosen_and_best, mask_area, mask_iou
+from ..data.prompts import center_points, tight_boxes, uniform_points
+from ..metrics import bootstrap_difference, chosen_and_best, mask_area, mask_iou
+from ..visualization import contact_sheet, draw_masks, draw_prompts
 from .prompted_image import PromptedImage, compute_context, evaluating
-from .visualization import contact_sheet, draw_masks, draw_prompts
 
 
 PROTOCOLS = ("center", "uniform", "box")

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a promptable model is worth on annotated pictures: mIoU by prompt, and mask AP of boxes."""
+
+from .average_precision import average_precision, read_detections
+from .miou import PROTOCOLS, ObjectScores, evaluate, score_objects, worst_pictures
+
+
+__all__ = [
+    "PROTOCOLS",
+    "ObjectScores",
+    "average_precision",
+    "evaluate",
+    "read_detections",
+    "score_objects",
+    "worst_pictures",
+]
