@@ -150,3 +150,27 @@ def test_detections_that_cannot_be_used(samples: CocoSamples, tmp_path: Path) ->
         path.write_text(content)
         with pytest.raises(ValueError, match=words):
             read_detections(path)
+
+
+def test_annotations_that_cannot_be_measured(samples: CocoSamples) -> None:
+    for limit in (0, -1):
+        with pytest.raises(ValueError, match="limit must be at least 1"):
+            measure(samples, limit=limit)
+    content = json.loads(samples.annotations.read_text())
+    boxes_only = {"image_id": 3, "segmentation": [], "bbox": [1, 1, 5, 5], "area": 25}
+
+    def changed(**changes: Any) -> CocoSamples:
+        samples.annotations.write_text(json.dumps(content | changes))
+        return CocoSamples(samples.annotations, samples.image_folder)
+
+    assert measure(changed(annotations=[*content["annotations"], boxes_only]))["box_iou"]["AP"] == pytest.approx(1)
+    assert measure(changed(categories=[{"id": 7, "name": "only"}]))["box_iou"]["AP"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="annotation 0 has no category_id, and there are 2"):
+        measure(changed(categories=[{"id": 7, "name": "a"}, {"id": 8, "name": "b"}]))
+    small = encode_rle(np.ones((5, 5), bool))
+    with pytest.raises(ValueError, match=r"mask of \(5, 5\) in a picture of \(60, 80\)"):
+        measure(changed(annotations=[{"image_id": 1, "segmentation": small, "area": 25, "bbox": [0, 0, 5, 5]}]))
+    changed()
+    Image.new("RGB", (HEIGHT, WIDTH)).save(samples.image_folder / "1.png")
+    with pytest.raises(ValueError, match="1.png is 60 x 80 pixels, but instances.json says 80 x 60"):
+        measure(changed())

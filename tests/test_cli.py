@@ -374,7 +374,10 @@ def test_evaluate_prints_and_writes(
     output = tmp_path / "deep" / "metrics.json"
     arguments = ["evaluate", model_folder, "--device", "cpu", *coco, "--output", str(output)]
     assert main([*arguments, "--prompts", "center", "box", "--save-worst", "1"]) == 0
-    assert [path.parent.name for path in sorted(output.parent.glob("worst/*/001_iou_*.png"))] == ["box", "center"]
+    assert [path.parent.name for path in sorted(output.parent.glob("metrics.worst/*/001_iou_*.png"))] == [
+        "box",
+        "center",
+    ]
     record = json.loads(output.read_text())
     metrics = record["metrics"]
     assert metrics["objects"] == 2 and set(metrics) >= {"center", "box"} and "uniform" not in metrics

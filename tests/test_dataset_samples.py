@@ -74,7 +74,8 @@ def test_columns_and_rows_are_checked_first() -> None:
 @pytest.mark.parametrize(
     ("value", "words"),
     [
-        ("mask.png", "expected a label picture"),
+        (3, "expected a label picture"),
+        ("missing.png", "a mask picture cannot be read"),
         (Image.new("RGB", (4, 4)), "one channel"),
         ([np.zeros((3, 4)), np.zeros((4, 3))], "differ in size"),
         ([np.zeros(4)], "two-dimensional"),
@@ -93,7 +94,9 @@ def test_masks_of_another_size_than_the_picture() -> None:
 
 
 @pytest.mark.parametrize(
-    ("masks", "feature"), [(LABELS, datasets.Image()), (RLES, RLE_FEATURE)], ids=["labels", "rle"]
+    ("masks", "feature"),
+    [(LABELS, datasets.Image()), (PICTURES, datasets.List(datasets.Image())), (RLES, RLE_FEATURE)],
+    ids=["labels", "pictures", "rle"],
 )
 def test_streams_give_the_same_and_damage_does_not_end_them(masks, feature, tmp_path: Path) -> None:
     table = dataset(masks, feature).cast_column("photo", datasets.Image(decode=False))
@@ -108,5 +111,8 @@ def test_streams_give_the_same_and_damage_does_not_end_them(masks, feature, tmp_
         assert sample["image"].size == (WIDTH, HEIGHT)
     with pytest.raises(ValueError, match="photo is not a picture"):
         read_row(stream[1], "photo", "objects")
+    for empty, words in ((None, "is missing or empty"), ({"bytes": None, "path": None}, "an empty picture")):
+        with pytest.raises(ValueError, match=words):
+            read_row({**stream[0], "photo": empty}, "photo", "objects")
     with pytest.raises(ValueError, match="masks_column: no column 'masks', there are photo, objects"):
         load_stream(str(tmp_path), image_column="photo")

@@ -207,13 +207,11 @@ def test_the_worst_come_first_with_the_answer_that_was_scored() -> None:
     clicked = len(model.clicks)
     assert len(list(uniform)) == 3
     assert set(model.clicks[clicked:]) <= set(model.clicks[:clicked])  # the same clicks once more
-    for picture in pictures.values():
-        left, right = (np.asarray(half).any() for half in (picture.crop((0, 0, *halved(picture))), picture))
-        assert left and right
-
-
-def halved(picture: Image.Image) -> tuple[int, int]:
-    return picture.width // 2, picture.height
+    # The answer's left half is drawn on the right of the sheet, the object with its box on the left.
+    sheet = np.asarray(pictures["002_iou_0.500_image_1_object_0"]).astype(int)
+    left, right = sheet[:, : sheet.shape[1] // 2], sheet[:, sheet.shape[1] // 2 :]
+    blue = [(half[..., 2] - half[..., 0] > 40).sum() for half in (left, right)]
+    assert 0 < blue[1] < blue[0]
 
 
 def test_each_image_is_embedded_once_and_prompts_come_in_chunks() -> None:

@@ -99,7 +99,6 @@ def test_training_on_tars_of_sa1b(tmp_path: Path) -> None:
                 archive.add(tmp_path / f"{name}.{kind}", arcname=f"{name}.{kind}")
     flags = ["--no-train-scenes", "--train-sa1b", str(tmp_path / "tars"), "--output-dir", str(tmp_path / "run")]
     assert main([*TRAIN, *flags, "--max-steps", "2"]) == 0
-    assert main([*TRAIN, *flags, "--max-steps", "2", "--resume"]) == 0
     assert "sa_2.json is not a JSON file" in events(tmp_path / "run", "skipped")[0]["reason"]
 
 
@@ -112,6 +111,7 @@ def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.Capt
         (flags[:3], "train_annotations and train_images go together"),
         (["--train-sa1b", str(tmp_path / "missing")], "train_sa1b: .*missing does not exist"),
         (["--train-scenes", "--horizontal-flip", "0.5"], "for annotated pictures"),
+        (["--train-scenes", "--stream"], "train_dataset, which is not given"),
     ):
         assert main([*base, *wrong]) == 2
         assert re.search(words, capsys.readouterr().err)

@@ -59,7 +59,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="does not exist"):
         Sa1bFolder(tmp_path / "missing")
-    with pytest.raises(ValueError, match="holds no .json"):
+    with pytest.raises(ValueError, match="holds neither .json files nor tars"):
         Sa1bFolder(tmp_path)
 
 
@@ -103,4 +103,15 @@ def test_damaged_tars_are_named_and_passed_over(tmp_path: Path) -> None:
             bad.append(str(error))
     assert good[:2] == ["sa_1", "sa_2"] and good[-1] == "sa_2"
     assert any("b.tar is damaged" in text for text in bad) and any("c.tar" in text for text in bad)
-    assert any("d.tar holds sa_1, but no sa_1.jpg" in text for text in bad)
+    assert any("d.tar holds sa_1, but no sa_1.jpg near it" in text for text in bad)
+
+
+def test_a_tar_with_all_pictures_first_is_not_held_in_memory(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("efficientsam_hf.data.sa1b.MOST_HALVES", 2)
+    names = [f"sa_{k}" for k in range(6)]
+    for name in names:
+        write_picture(tmp_path / "loose", name, np.ones((1, 20, 30), bool))
+    pack(tmp_path / "loose", tmp_path / "tars" / "a.tar", [f"{n}.{kind}" for kind in ("jpg", "json") for n in names])
+    rows = list(stream_tars(find_tars(tmp_path / "tars")))
+    assert [row["name"] for row in rows if not row["problem"]] == ["sa_0", "sa_1"]
+    assert all("near it" in row["problem"] for row in rows[:4])

@@ -358,6 +358,7 @@ def test_due() -> None:
         ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"image_sizes": "100"}, "image_sizes"),
+        ({"optimizer": "muon", "mixed_precision": "fp16"}, "mixed_precision fp16"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, changes, message) -> None:
@@ -413,7 +414,7 @@ def test_transformers_parser_reads_the_arguments() -> None:
 
 def test_trackers_get_the_numbers(tmp_path: Path) -> None:
     train(tmp_path / "run", lambda module: {"miou": 0.5}, evaluate_every=10, report_to="tensorboard")
-    folder = tmp_path / "run" / "trackers"
+    folder = tmp_path / "run" / "efficientsam"
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(folder)).Reload()
     assert {"train/loss", "train/error", "train/learning_rate", "train/images_per_s"} <= set(events.Tags()["scalars"])

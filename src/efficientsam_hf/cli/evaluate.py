@@ -4,19 +4,21 @@
 import argparse
 import datetime
 import shlex
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from ..files import check_writable, write_json, write_png
-from .loading import add_model_options, load_model
+from .loading import add_model_options, check_name, load_model
 
 
 DESCRIPTION = """\
 Prompt a model for each object of a COCO instances file, or of generated scenes that no training run saw, and compare
 its masks with theirs, at the pictures' own resolution. Of the three masks the one with the highest predicted IoU
-counts; "best of 3" is what a perfect choice would reach. Several models get the same prompts, and each is compared
-with the first: the difference of their mIoU and its 95 % bootstrap interval over the pictures.
+counts; "best of 3" is what a perfect choice would reach. Several models get the same prompts (but for further
+centre clicks, which correct each model's own answer), and each is compared with the first: the difference of their
+mIoU and its 95 % bootstrap interval over the pictures.
 
 prompts:
   center   a click on the object's deepest pixel (maximum of the distance transform); with --clicks, further clicks
@@ -59,7 +61,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--save-worst",
         type=int,
         metavar="N",
-        help="write pictures of the N worst masks of each prompt beside --output",
+        help="write pictures of the N worst masks of each prompt to a folder beside --output",
     )
     parser.add_argument(
         "--output", metavar="metrics.json", help="write the numbers, command, machine and versions here"
@@ -71,6 +73,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate each model, print tables, write the file."""
     _check(args)
+    for name in args.models:
+        check_name(name)
     samples = _coco_samples(args) if args.annotations else None
     if args.boxes:
         return _average_precision(args, samples)
@@ -87,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
             print(name)
         print(format_table(records[-1]["metrics"]))
         if args.save_worst:
-            folder = Path(args.output).parent / "worst" / (str(len(records)) if len(args.models) > 1 else "")
+            folder = Path(args.output).with_suffix(".worst") / (str(len(records)) if len(args.models) > 1 else "")
             _save_worst(folder, args.save_worst, scores, model, processor, samples)
         if first is None:
             first = scores
@@ -118,12 +122,13 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _save_worst(folder: Path, count: int, scores: Any, model: Any, processor: Any, samples: Any) -> None:
-    """Write FOLDER/PROTOCOL/*.png."""
+    """Write FOLDER/PROTOCOL/*.png in the place of those that are there."""
     from ..evaluation import worst_pictures
 
     for protocol in scores.ious:
         target = folder / protocol.replace(":", "_")
-        target.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(target, ignore_errors=True)  # those of an earlier evaluation
+        target.mkdir(parents=True)
         for name, picture in worst_pictures(scores, model, processor, samples, protocol, count):
             write_png(target / f"{name}.png", picture)
         print(f"wrote {target}")
@@ -186,7 +191,12 @@ def _scene_samples(args: argparse.Namespace, processor: Any) -> list[dict[str, A
     """Held-out scenes at the size the model sees pictures in."""
     from ..training.scene_batches import HELD_OUT, scene_samples
 
-    return scene_samples(args.scenes, seed=args.seed + HELD_OUT, image_size=processor.image_processor.size["height"])
+    return scene_samples(args.scenes, seed=args.seed + HELD_OUT, image_size=_side(processor.image_processor.size))
+
+
+def _side(size: Any) -> int:
+    """Side of a model's square input: processors of SAM name its longest edge."""
+    return dict(size).get("height") or dict(size)["longest_edge"]
 
 
 def format_table(metrics: dict[str, Any]) -> str:

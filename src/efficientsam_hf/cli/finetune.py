@@ -148,6 +148,8 @@ def _training_data(arguments: Any) -> dict[str, Any]:
         return {"samples": coco.CocoSamples(arguments.train_annotations, arguments.train_images)}
     if arguments.train_sa1b:
         tars = sa1b.find_tars(arguments.train_sa1b)
+        if tars and next(Path(arguments.train_sa1b).rglob("*.json"), None):
+            raise ValueError(f"train_sa1b: {arguments.train_sa1b} holds tars and loose .json files; give one of them")
         if tars:
             return {"stream": sa1b.stream_tars(tars), "read": sa1b.read_row}
         return {"samples": sa1b.Sa1bFolder(arguments.train_sa1b)}

@@ -32,7 +32,7 @@ def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
 
     device = pick_device(args.device)
     name = str(name or default_checkpoint())
-    _check_name(name)
+    check_name(name)
     options = {"dtype": getattr(torch, args.dtype)} if args.dtype else {}
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # "Loading weights" is over before it can be read
@@ -63,7 +63,7 @@ def pick_device(name: str | None) -> Any:
     return device
 
 
-def _check_name(name: str) -> None:
+def check_name(name: str) -> None:
     """`ValueError` for a name that is neither a folder nor could be one on the Hub, before anything is downloaded."""
     if Path(name).is_dir():
         return

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from ..models.image_processing_efficientsam import open_image
 from ..models.rle_efficientsam import decode_rle, rle_size
@@ -39,13 +40,8 @@ class CocoSamples:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self._images[index]
-        image = open_image(self.image_folder / record["file_name"])
-        size = (record["height"], record["width"])
-        if (image.height, image.width) != size:
-            raise ValueError(
-                f"{self.image_folder / record['file_name']} is {image.width} x {image.height} pixels,"
-                f" but {self.annotations.name} says {size[1]} x {size[0]}"
-            )
+        image = self.open_picture(record)
+        size = (image.height, image.width)
         masks = [self._mask(segmentation, size, record) for segmentation in self._segmentations[record["id"]]]
         masks = [mask for mask in masks if mask.any()]
         return {
@@ -54,20 +50,36 @@ class CocoSamples:
             "image_id": record["id"],
         }
 
+    def open_picture(self, record: dict[str, Any]) -> Image.Image:
+        """The picture of an entry of "images", RGB; `ValueError` if it has another size than the entry says."""
+        path = self.image_folder / record["file_name"]
+        image = open_image(path)
+        if (image.height, image.width) != (record["height"], record["width"]):
+            raise ValueError(
+                f"{path} is {image.width} x {image.height} pixels,"
+                f" but {self.annotations.name} says {record['width']} x {record['height']}"
+            )
+        return image
+
     def complete_annotations(self, limit: int | None = None) -> dict[str, Any]:
         """The file's content for the COCO API, of all pictures or the first `limit`, with or without objects.
 
         Annotations get numbers from 1 on, and where the file lacks them, "area" and "bbox" of their mask, "iscrowd" 0
-        and "category_id" 1. "left_out" has the ids of the pictures beyond the limit. Raises `FileNotFoundError` if a
-        picture is missing.
+        and the category of those that have none. Empty masks are left out. "left_out" has the ids of the pictures
+        beyond the limit. Raises `FileNotFoundError` if a picture is missing, and `ValueError` for a mask that does not
+        fit its picture or an annotation of no category where there are several.
         """
         images = self._content["images"][:limit]
         self._check_pictures(images)
         by_id = {image["id"]: image for image in images}
-        kept = [entry for entry in self._content["annotations"] if entry["image_id"] in by_id]
+        kept = [
+            {**self._missing_fields(entry, by_id[entry["image_id"]]), **entry}
+            for entry in self._content["annotations"]
+            if entry["image_id"] in by_id
+        ]
         annotations = [
-            {**self._missing_fields(entry, by_id[entry["image_id"]]), **entry, "id": number}
-            for number, entry in enumerate(kept, 1)
+            {**entry, "id": number}
+            for number, entry in enumerate((e for e in kept if e["segmentation"] != [] and e["area"] > 0), 1)
         ]
         categories = self._content.get("categories") or [
             {"id": number, "name": str(number)} for number in sorted({entry["category_id"] for entry in annotations})
@@ -77,9 +89,18 @@ class CocoSamples:
 
     def _missing_fields(self, annotation: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
         """Defaults of what an annotation may lack; its mask is expanded only if it must be measured."""
-        fields: dict[str, Any] = {"iscrowd": 0, "category_id": 1}
-        if "area" not in annotation or "bbox" not in annotation:
-            mask = self._mask(annotation["segmentation"], (record["height"], record["width"]), record)
+        categories = self._content.get("categories") or [{"id": 1}]
+        if "category_id" not in annotation and len(categories) > 1:
+            raise ValueError(
+                f"{self.annotations.name}: annotation {annotation.get('id')} has no category_id, and there are "
+                f"{len(categories)} categories"
+            )
+        fields: dict[str, Any] = {"iscrowd": 0, "category_id": categories[0]["id"]}
+        segmentation, size = annotation["segmentation"], (record["height"], record["width"])
+        if segmentation == []:
+            return fields | {"area": 0.0}
+        if "area" not in annotation or "bbox" not in annotation or isinstance(segmentation, dict):
+            mask = self._mask(segmentation, size, record)
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             box = [0.0] * 4
             if len(rows):

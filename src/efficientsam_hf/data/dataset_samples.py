@@ -41,6 +41,9 @@ class DatasetSamples:
 
 def read_row(row: dict[str, Any], image_column: str = "image", masks_column: str = "masks") -> dict[str, Any]:
     """The sample of a row, {"image", "masks"}; `ValueError` or `OSError` if it is damaged or of no known form."""
+    for column in (image_column, masks_column):
+        if row.get(column) is None:
+            raise ValueError(f"column {column!r} is missing or empty, there are {', '.join(row)}")
     image = open_image(_picture(row[image_column]), image_column)
     try:
         masks = read_masks(row[masks_column])
@@ -55,15 +58,27 @@ def read_row(row: dict[str, Any], image_column: str = "image", masks_column: str
 def _picture(value: Any) -> Any:
     """A picture that `datasets` has not decoded, {"bytes", "path"}, as something to open; anything else as it is."""
     if isinstance(value, dict) and set(value) == {"bytes", "path"}:
+        if value["bytes"] is None and value["path"] is None:
+            raise ValueError("an empty picture: neither bytes nor a path")
         return io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
+    return value
+
+
+def _labels(value: Any) -> Any:
+    """Values of a picture's pixels as they are stored, decoded or not, (H, W) or (H, W, C)."""
+    value = _picture(value)
+    if isinstance(value, (io.BytesIO, str)):
+        try:
+            value = Image.open(value)
+            value.load()
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"a mask picture cannot be read: {error}") from error
     return value
 
 
 def read_masks(value: Any) -> np.ndarray:
     """Masks of one row in any of the forms `DatasetSamples` knows, -> (N, H, W) bool; `ValueError` for others."""
-    value = _picture(value)
-    if isinstance(value, io.BytesIO):
-        value = Image.open(value)
+    value = _labels(value)
     if isinstance(value, Image.Image):
         labels = np.asarray(value)
         if labels.ndim != 2:
@@ -79,6 +94,7 @@ def read_masks(value: Any) -> np.ndarray:
 
 def _read_mask(entry: Any) -> np.ndarray:
     """One mask, -> (H, W) bool."""
+    entry = _labels(entry)
     if isinstance(entry, dict):
         return decode_rle(entry)
     mask = np.asarray(entry.convert("L") if isinstance(entry, Image.Image) else entry)
@@ -108,7 +124,7 @@ def load_samples(
 
 
 def load_stream(name: str, split: str = "train", image_column: str = "image", masks_column: str = "masks") -> Any:
-    """The same as a `datasets.IterableDataset` of undecoded rows for `read_row`, read from its beginning as it comes.
+    """What `datasets.load_dataset` finds as an `IterableDataset` of undecoded rows for `read_row`, not stored.
 
     Raises `ImportError` without the `datasets` library, and `ValueError` for a column that is not there.
     """
@@ -118,10 +134,7 @@ def load_stream(name: str, split: str = "train", image_column: str = "image", ma
     for argument, column in (("image_column", image_column), ("masks_column", masks_column)):
         if features and column not in features:
             raise ValueError(f"{argument}: no column {column!r}, there are {', '.join(features)}")
-        if isinstance(features.get(column), datasets.Image):
-            # A damaged picture would end the stream if it were decoded in there.
-            stream = stream.cast_column(column, datasets.Image(decode=False))
-    return stream
+    return stream.decode(False)  # a damaged picture would end the stream if it were decoded in there
 
 
 def _import_datasets() -> Any:

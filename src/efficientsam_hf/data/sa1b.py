@@ -14,6 +14,9 @@ from ..models.image_processing_efficientsam import open_image
 from ..models.rle_efficientsam import decode_rle, rle_size
 
 
+MOST_HALVES = 1000  # files of a tar that wait for the other one of their picture
+
+
 class Sa1bFolder:
     """Pictures of an SA-1B folder and its subfolders, in the order of their paths; nothing is read before access.
 
@@ -29,7 +32,7 @@ class Sa1bFolder:
             raise FileNotFoundError(f"SA-1B folder {self.folder} does not exist or is not a folder")
         self._files = sorted(self.folder.rglob("*.json"))
         if not self._files:
-            raise ValueError(f"SA-1B folder {self.folder} holds no .json files")
+            raise ValueError(f"SA-1B folder {self.folder} holds neither .json files nor tars")
 
     def __len__(self) -> int:
         return len(self._files)
@@ -45,7 +48,8 @@ class Sa1bFolder:
 
 def find_tars(folder: str | Path) -> list[Path]:
     """The tars in an SA-1B folder and its subfolders, in the order of their paths."""
-    return sorted(Path(folder).rglob("*.tar"))
+    paths = (path for pattern in ("*.tar", "*.tar.gz", "*.tgz") for path in Path(folder).rglob(pattern))
+    return sorted(paths)
 
 
 def stream_tars(tars: list[Path]) -> Any:
@@ -83,12 +87,18 @@ def _read_tars(tars: list[str]) -> Iterator[dict[str, Any]]:
                     if len(pair) == 2:
                         yield {"name": stem, "picture": pair["jpg"], "annotations": pair["json"], "problem": ""}
                         del halves[stem]
+                    elif len(halves) > MOST_HALVES:  # or a tar with all pictures first would have to fit in memory
+                        yield _half(path, *halves.popitem())
         except (OSError, tarfile.TarError) as error:
             yield {"name": path, "picture": b"", "annotations": b"", "problem": f"{path} is damaged: {error}"}
         for stem, pair in halves.items():
-            missing = "json" if "jpg" in pair else "jpg"
-            problem = f"{path} holds {stem}, but no {stem}.{missing}"
-            yield {"name": stem, "picture": b"", "annotations": b"", "problem": problem}
+            yield _half(path, stem, pair)
+
+
+def _half(path: str, stem: str, pair: dict[str, bytes]) -> dict[str, Any]:
+    missing = "json" if "jpg" in pair else "jpg"
+    problem = f"{path} holds {stem}, but no {stem}.{missing} near it"
+    return {"name": stem, "picture": b"", "annotations": b"", "problem": problem}
 
 
 def make_sample(name: str, picture: bytes, annotations: bytes) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from ..data.coco import CocoSamples
 from ..metrics import mask_iou
-from ..models.image_processing_efficientsam import open_image
 from ..models.rle_efficientsam import encode_rle
 from .prompted_image import PromptedImage, compute_context, evaluating
 
@@ -48,6 +47,9 @@ def average_precision(
         from pycocotools.coco import COCO
     except ImportError as error:
         raise ImportError("AP is measured by pycocotools: pip install 'efficientsam-hf[eval]'") from error
+    for name, value in (("limit", limit), ("prompt_chunk", prompt_chunk)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
     compute_context(model, dtype)
     truth = samples.complete_annotations(limit)
     boxes = _boxes_by_image(truth, detections)
@@ -56,8 +58,7 @@ def average_precision(
         for record in tqdm(truth["images"], desc="AP", unit="image", disable=not progress):
             found = boxes[record["id"]]
             if found:
-                image = open_image(samples.image_folder / record["file_name"])
-                picture = PromptedImage(model, processor, image, dtype, prompt_chunk)
+                picture = PromptedImage(model, processor, samples.open_picture(record), dtype, prompt_chunk)
                 _segment(picture, found, results)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco = COCO()
@@ -78,9 +79,13 @@ def read_detections(path: str | Path) -> list[dict[str, Any]]:
     if not isinstance(content, list):
         raise ValueError(f"{path} is no COCO results file: it must hold a list")
     for position, entry in enumerate(content):
-        lacking = [name for name in ("image_id", "category_id", "bbox", "score") if name not in dict(entry)]
+        needed = ("image_id", "category_id", "bbox", "score")
+        lacking = [name for name in needed if not isinstance(entry, dict) or name not in entry]
         if lacking:
             raise ValueError(f"{path}: entry {position} lacks {', '.join(lacking)}")
+        box = entry["bbox"]
+        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
+            raise ValueError(f"{path}: bbox of entry {position} must be [x, y, width, height], got {box!r}")
     return content
 
 

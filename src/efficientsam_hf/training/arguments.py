@@ -105,6 +105,8 @@ class TrainerArguments:
             self._check(name, lambda value: value >= 0, "at least 0")
         for name in ("adam_beta1", "adam_beta2", "ema_decay"):
             self._check(name, lambda value: 0 <= value < 1, "in [0, 1)")
+        if self.optimizer == "muon" and self.mixed_precision == "fp16":
+            raise ValueError("mixed_precision fp16 scales the loss for one optimizer; muon has two, take bf16 or no")
         self._check("layer_decay", lambda value: 0 < value <= 1, "above 0 and at most 1")
         self._check("final_learning_rate", lambda value: 0 <= value <= 1, "a fraction in [0, 1]")
         self.stages()
@@ -211,6 +213,8 @@ class FinetuneArguments(TrainerArguments):
         for one, other in (("train_annotations", "train_images"), ("eval_annotations", "eval_images")):
             if bool(getattr(self, one)) != bool(getattr(self, other)):
                 raise ValueError(f"{one} and {other} go together, got only one of them")
+        if self.stream and not self.train_dataset:
+            raise ValueError("stream is a way to read train_dataset, which is not given")
         given = [
             name
             for name in ("train_scenes", "train_annotations", "train_sa1b", "train_dataset")

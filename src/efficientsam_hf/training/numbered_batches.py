@@ -1,49 +1,51 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches by number: what batch i holds is decided by i alone, so that a resumed run sees what it would have seen."""
+"""Batches in order, made ahead in other processes or between the steps of training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
 def numbered_batches(make: Callable[[int], dict[str, Any]], start: int, workers: int) -> Iterator[dict[str, Any]]:
-    """`make(start)`, `make(start + 1)`, ... without end, made ahead in `workers` processes, with 0 between steps.
+    """`make(start)`, `make(start + 1)`, ... without end; see `ordered_batches`.
 
-    ValueError and OSError of `make` arrive as they are, not wrapped in a worker's traceback.
+    What batch i holds is decided by i alone, so that a resumed run sees what it would have seen.
     """
-    loader = DataLoader(
-        _Numbered(make),
-        sampler=_Counting(start),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=2 if workers else None,
-    )
+    return ordered_batches(make, count(start), workers)
+
+
+def ordered_batches(make: Callable[[Any], dict[str, Any]], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """`make(item)` for each item in their order, made ahead in `workers` processes, with 0 between steps.
+
+    Items come from this process. ValueError and OSError of `make` arrive as they are, not wrapped in a worker's
+    traceback.
+    """
+    ahead = {"num_workers": workers, "prefetch_factor": 2} if workers else {}
+    loader = DataLoader(_Made(make), sampler=_Items(items), batch_size=None, **ahead)
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
         yield batch
 
 
-class _Numbered(Dataset):
-    def __init__(self, make: Callable[[int], dict[str, Any]]):
+class _Made(Dataset):
+    def __init__(self, make: Callable[[Any], dict[str, Any]]):
         self.make = make
 
-    def __getitem__(self, number: int) -> dict[str, Any] | Exception:
+    def __getitem__(self, item: Any) -> dict[str, Any] | Exception:
         try:
-            return self.make(number)
+            return self.make(item)
         except (ValueError, OSError) as error:
             return error
 
 
-class _Counting(Sampler):
-    """start, start + 1, ... without end."""
+class _Items(Sampler):
+    """What the loader asks for, in the place of indices."""
 
-    def __init__(self, start: int):
-        self.start = start
+    def __init__(self, items: Iterable[Any]):
+        self.items = items
 
-    def __iter__(self) -> Iterator[int]:
-        number = self.start
-        while True:
-            yield number
-            number += 1
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)

@@ -45,6 +45,11 @@ class Preparation:
         real = torch.arange(self.objects) < len(stretched)
         return pixels, F.pad(stretched, (0, 0, 0, 0, 0, missing)), real
 
+    def padding(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """What stands in a batch for a picture that cannot be used: zeros, and no object."""
+        masks = torch.zeros(self.objects, size, size, dtype=torch.bool)
+        return torch.zeros(3, size, size), masks, torch.zeros(self.objects, dtype=torch.bool)
+
     def _check(self, sample: dict[str, Any]) -> None:
         image, masks = sample["image"], sample["masks"]
         if masks.dtype != bool or masks.ndim != 3 or masks.shape[1:] != (image.height, image.width):

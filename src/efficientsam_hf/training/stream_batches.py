@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..data.scenes import scene_seed
 from .mask_batches import MOST_SKIPPED
+from .numbered_batches import ordered_batches
 from .preparation import Preparation
 from .schedule import Stage
 
@@ -20,14 +20,16 @@ from .schedule import Stage
 class StreamBatches:
     """Batches of a `datasets.IterableDataset` for one of `processes` processes.
 
-    `read(row)` makes a sample as `preparation` takes it, or raises ValueError or OSError; such rows are passed over
-    and handed to `report(number of the row, reason)`. Each epoch is shuffled anew within a buffer of `shuffle_buffer`
-    rows. Shards (tars, files) are split between processes and workers; there are no more workers than shards.
+    `read(row)` makes a sample as `preparation` takes it, or raises ValueError or OSError: such a row is padding in its
+    batch (an image of zeros without objects) and is handed to `report(number of the row, reason)`. Each epoch is
+    shuffled anew within a buffer of `shuffle_buffer` rows. Shards (tars, files) are split between the processes; with
+    fewer shards than processes each process reads everything and keeps its part. Rows are read in this process,
+    `workers` processes make samples of them, and their number changes nothing.
 
-    A stream has no places to go to: batch `start` is reached by making all batches before it once more, so that a
-    resumed run sees what it would have seen. That takes as long as reading and preparing them took at first.
+    A stream has no places to go to: to begin with batch `start`, all rows before it are read once more, though not
+    decoded. That is what a resumed run and a new stage cost.
 
-    Raises ValueError if no row of the last 100 could be used, or none of an epoch.
+    Raises ValueError if the last 100 rows could not be used, or if the stream is empty.
     """
 
     dataset: Any
@@ -42,68 +44,60 @@ class StreamBatches:
 
     def __call__(self, start: int, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
         """Batches from number `start` on, without end."""
-        from datasets.distributed import split_dataset_by_node  # scenes train without this library
-
-        own = split_dataset_by_node(self.dataset, rank=self.rank, world_size=self.processes)
-        if self.shuffle_buffer > 1:
-            own = own.shuffle(seed=self.seed, buffer_size=self.shuffle_buffer)
-        rows = _Rows(own, self.read, self.preparation, stage, scene_seed(self.seed, self.rank))
-        workers = min(self.workers, own.num_shards)
-        loader = DataLoader(rows, batch_size=None, num_workers=workers, prefetch_factor=2 if workers else None)
-        for number, batch in enumerate(islice(loader, start, None), start):
-            if isinstance(batch, Exception):
-                raise batch
+        seed = scene_seed(self.seed, round(stage.start * 1e6))  # a stage has an order and changes of its own
+        make = _MakeBatch(self.read, self.preparation, stage.image_size, scene_seed(seed, self.rank))
+        rows = islice(self._rows(seed), start * stage.batch_size, None)
+        items = ((number, list(islice(rows, stage.batch_size))) for number in count(start))
+        unusable = 0
+        for batch in ordered_batches(make, items, self.workers):
             for row, reason in batch.pop("skipped"):
                 if self.report is not None:
                     self.report(row, reason)
-            seed = torch.tensor(scene_seed(self.seed, number * self.processes + self.rank))
-            yield {**batch, "seed": seed}
+            usable = batch["object_mask"].any(1)
+            unusable = 0 if usable.any() else unusable + len(usable)
+            if unusable >= MOST_SKIPPED:
+                raise ValueError(f"none of {unusable} rows in a row could be used; row {row}: {reason}")
+            yield batch
 
+    def _rows(self, seed: int) -> Iterator[dict[str, Any]]:
+        """This process's rows, epoch after epoch."""
+        from datasets.distributed import split_dataset_by_node  # scenes train without this library
 
-class _Rows(IterableDataset):
-    """Batches of one worker; the data set itself gives every worker other shards."""
-
-    def __init__(self, dataset: Any, read: Callable, preparation: Preparation, stage: Stage, seed: int):
-        self.dataset, self.read, self.preparation = dataset, read, preparation
-        self.stage, self.seed = stage, seed
-
-    def __iter__(self) -> Iterator[dict[str, Any] | Exception]:
-        try:
-            yield from self._batches()
-        except (ValueError, OSError) as error:  # as itself, not wrapped in a worker's traceback
-            yield error
-
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        rows: list[tuple[torch.Tensor, ...]] = []
-        skipped: list[tuple[int, str]] = []
-        for prepared, failures in self._prepared():
-            rows.append(prepared)
-            skipped += failures
-            if len(rows) == self.stage.batch_size:
-                pixels, masks, real = (torch.stack(parts) for parts in zip(*rows))
-                yield {"pixel_values": pixels, "masks": masks, "object_mask": real, "skipped": skipped}
-                rows, skipped = [], []
-
-    def _prepared(self) -> Iterator[tuple[tuple[torch.Tensor, ...], list[tuple[int, str]]]]:
-        """Prepared samples without end, each with the rows passed over before it and why."""
-        worker = get_worker_info()
-        place = worker.id if worker else 0
-        number, failures = 0, []
+        if self.dataset.num_shards >= self.processes:
+            own = self.dataset.shard(num_shards=self.processes, index=self.rank, contiguous=False)
+        else:
+            own = split_dataset_by_node(self.dataset, rank=self.rank, world_size=self.processes)
+        if self.shuffle_buffer > 1:
+            own = own.shuffle(seed=seed % 2**32, buffer_size=self.shuffle_buffer)
         for epoch in count():
-            self.dataset.set_epoch(epoch)
-            used = 0
-            for row in self.dataset:
-                generator = np.random.default_rng((self.seed, place, number))
-                try:
-                    prepared = self.preparation(self.read(row), self.stage.image_size, generator)
-                except (ValueError, OSError) as error:
-                    failures.append((number, str(error)))
-                    if len(failures) >= MOST_SKIPPED:
-                        raise ValueError(f"none of {MOST_SKIPPED} rows in a row could be used; {error}") from error
-                else:
-                    yield prepared, failures
-                    used, failures = used + 1, []
-                number += 1
-            if not used:
-                reason = f"; the last: {failures[-1][1]}" if failures else ""
-                raise ValueError(f"no row of the stream could be used{reason}")
+            own.set_epoch(epoch)
+            row = None
+            for row in own:
+                yield row
+            if row is None:
+                raise ValueError("the stream is empty: there is no row to train on")
+
+
+@dataclass(frozen=True)
+class _MakeBatch:
+    """(number of the batch, its rows) -> the batch."""
+
+    read: Callable[[dict[str, Any]], dict[str, Any]]
+    preparation: Preparation
+    size: int
+    seed: int
+
+    def __call__(self, item: tuple[int, list[dict[str, Any]]]) -> dict[str, Any]:
+        number, rows = item
+        skipped: list[tuple[int, str]] = []
+        samples = []
+        for position, row in enumerate(rows, number * len(rows)):
+            generator = np.random.default_rng((self.seed, position))
+            try:
+                samples.append(self.preparation(self.read(row), self.size, generator))
+            except (ValueError, OSError) as error:
+                skipped.append((position, str(error)))
+                samples.append(self.preparation.padding(self.size))
+        pixels, masks, real = (torch.stack(parts) for parts in zip(*samples))
+        seed = torch.tensor(scene_seed(self.seed, number))
+        return {"pixel_values": pixels, "masks": masks, "object_mask": real, "seed": seed, "skipped": skipped}

@@ -63,7 +63,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if trackers:
             plain = {name: "none" if value is None else value for name, value in vars(arguments).items()}
-            self.accelerator.init_trackers("trackers", config=plain)
+            self.accelerator.init_trackers("efficientsam", config=plain)
         self.run = Path(arguments.output_dir)
         self.log = RunLog(self.run / "log.jsonl", active=self.accelerator.is_main_process)
         self.batches = batches
