@@ -324,7 +324,7 @@ def test_no_command_and_unknown_command(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_defects_keep_their_traceback(picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(args: Any) -> None:
+    def broken(name: str | None, args: Any) -> None:
         raise KeyError("defect")
 
     monkeypatch.setattr("efficientsam_hf.cli.segment.load_model", broken)
@@ -340,7 +340,7 @@ def test_traceback_on_demand(tmp_path: Path) -> None:
 def test_interruption_is_clean(
     picture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(args: Any) -> None:
+    def interrupted(name: str | None, args: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("efficientsam_hf.cli.segment.load_model", interrupted)
