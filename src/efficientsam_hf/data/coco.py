@@ -99,7 +99,9 @@ class CocoSamples:
         segmentation, size = annotation["segmentation"], (record["height"], record["width"])
         if segmentation == []:
             return fields | {"area": 0.0}
-        if "area" not in annotation or "bbox" not in annotation or isinstance(segmentation, dict):
+        if isinstance(segmentation, dict):
+            self._check_size(segmentation, size, record)
+        if "area" not in annotation or "bbox" not in annotation:
             mask = self._mask(segmentation, size, record)
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             box = [0.0] * 4
@@ -139,11 +141,22 @@ class CocoSamples:
         try:
             if isinstance(segmentation, list):
                 return rasterize_polygons(segmentation, size)
-            if rle_size(segmentation) != size:
-                raise ValueError(f"mask of {rle_size(segmentation)} in a picture of {size} (height, width)")
+            check_rle_size(segmentation, size)
             return decode_rle(segmentation)
         except ValueError as error:
             raise ValueError(f"{self.annotations.name}, picture {record['file_name']}: {error}") from error
+
+    def _check_size(self, rle: dict[str, Any], size: tuple[int, int], record: dict[str, Any]) -> None:
+        try:
+            check_rle_size(rle, size)
+        except ValueError as error:
+            raise ValueError(f"{self.annotations.name}, picture {record['file_name']}: {error}") from error
+
+
+def check_rle_size(rle: Any, size: tuple[int, int]) -> None:
+    """`ValueError` if an RLE mask is not of its picture's size (height, width)."""
+    if rle_size(rle) != size:
+        raise ValueError(f"mask of {rle_size(rle)} in a picture of {size} (height, width)")
 
 
 def rasterize_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..models.image_processing_efficientsam import open_image
-from ..models.rle_efficientsam import decode_rle, rle_size
+from ..models.rle_efficientsam import decode_rle
+from .coco import check_rle_size
 
 
 MOST_HALVES = 1000  # files of a tar that wait for the other one of their picture
@@ -124,8 +125,7 @@ def _mask(annotation: dict[str, Any], size: tuple[int, int], name: str) -> np.nd
     """Expand one mask, -> (H, W) bool; `ValueError` that names the file if it does not fit the picture."""
     try:
         rle = annotation.get("segmentation")
-        if rle_size(rle) != size:
-            raise ValueError(f"mask of {rle_size(rle)} in a picture of {size} (height, width)")
+        check_rle_size(rle, size)
         return decode_rle(rle)
     except ValueError as error:
         raise ValueError(f"{name}.json: {error}") from error

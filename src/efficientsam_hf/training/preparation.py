@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.augmentation import Augmentation
+from .losses import binary_targets
 
 
 @dataclass(frozen=True)
@@ -77,5 +78,5 @@ def stretch_masks(masks: torch.Tensor, size: int) -> torch.Tensor:
     stretched = masks.new_empty(len(masks), size, size)
     for index, mask in enumerate(masks):  # one by one: 64 large masks as floats would be a gigabyte
         covered = F.interpolate(mask[None, None].float(), (size, size), mode="area")[0, 0]
-        torch.logical_and(covered >= covered.amax().clamp(max=0.5), covered > 0, out=stretched[index])
+        stretched[index] = binary_targets(covered)
     return stretched
