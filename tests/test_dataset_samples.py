@@ -116,3 +116,9 @@ def test_streams_give_the_same_and_damage_does_not_end_them(masks, feature, tmp_
             read_row({**stream[0], "photo": empty}, "photo", "objects")
     with pytest.raises(ValueError, match="masks_column: no column 'masks', there are photo, objects"):
         load_stream(str(tmp_path), image_column="photo")
+
+
+@pytest.mark.parametrize("load", [load_samples, load_stream])
+def test_a_data_set_that_is_not_there_is_named(load, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="data set .*none', split 'train', cannot be loaded"):
+        load(str(tmp_path / "none"))

@@ -204,8 +204,9 @@ def test_the_worst_come_first_with_the_answer_that_was_scored() -> None:
     pictures = dict(worst_pictures(scores, model, PlainProcessor(), samples, "box", 2))
     assert list(pictures) == ["001_iou_0.400_image_0_object_0", "002_iou_0.500_image_1_object_0"]
     uniform = worst_pictures(scores, model, PlainProcessor(), samples, "uniform", 9)
-    clicked = len(model.clicks)
+    clicked, embedded = len(model.clicks), model.embedded
     assert len(list(uniform)) == 3
+    assert model.embedded == embedded + 2  # each picture once
     assert set(model.clicks[clicked:]) <= set(model.clicks[:clicked])  # the same clicks once more
     # The answer's left half is drawn on the right of the sheet, the object with its box on the left.
     sheet = np.asarray(pictures["002_iou_0.500_image_1_object_0"]).astype(int)

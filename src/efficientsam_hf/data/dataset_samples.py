@@ -119,7 +119,7 @@ def load_samples(
                 raise ValueError(f"split {split!r} is not in {name}, which has {', '.join(found)}")
             found = found[split]
     else:
-        found = datasets.load_dataset(name, split=split)
+        found = _load(name, split)
     return DatasetSamples(found, image_column, masks_column)
 
 
@@ -128,13 +128,20 @@ def load_stream(name: str, split: str = "train", image_column: str = "image", ma
 
     Raises `ImportError` without the `datasets` library, and `ValueError` for a column that is not there.
     """
-    datasets = _import_datasets()
-    stream = datasets.load_dataset(name, split=split, streaming=True)
+    stream = _load(name, split, streaming=True)
     features = stream.features or {}
     for argument, column in (("image_column", image_column), ("masks_column", masks_column)):
         if features and column not in features:
             raise ValueError(f"{argument}: no column {column!r}, there are {', '.join(features)}")
     return stream.decode(False)  # a damaged picture would end the stream if it were decoded in there
+
+
+def _load(name: str, split: str, **options: Any) -> Any:
+    """`datasets.load_dataset` with errors that name the data set; `ValueError`."""
+    try:
+        return _import_datasets().load_dataset(name, split=split, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"data set {name!r}, split {split!r}, cannot be loaded: {error}") from error
 
 
 def _import_datasets() -> Any:

@@ -129,20 +129,25 @@ def worst_pictures(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[str, Image.Image]]:
-    """Names and pictures of the `count` objects with the lowest IoU in `protocol`, the worst first.
+    """Names, with their place from the worst on, and pictures of the `count` objects of lowest IoU in `protocol`.
 
-    Left the object with its prompt, right the answer, made again from the same prompt as for `scores`.
+    They come picture by picture, so that each is embedded and prompted once. Left the object with its prompt,
+    right the answer, made again from the same prompt as for `scores`.
     """
     kind, _, clicks = protocol.partition(":")
     values = scores.ious[protocol][:, 0]
+    places = {position: place for place, position in enumerate(values.argsort(stable=True)[:count].tolist(), 1)}
+    last = None
     with evaluating(model, device):
-        for place, position in enumerate(values.argsort(stable=True)[:count].tolist(), 1):
+        for position in sorted(places):  # objects of one picture lie together
             index = int(scores.images[position])
             number = position - int((scores.images < index).sum())  # of the object within its picture
-            image, masks = _check_sample(samples[index], index)
-            scorer = _ImageScorer(PromptedImage(model, processor, image, dtype), masks)
-            scorer.score(kind, (int(clicks or 1),), _generator(scores.seed, index))
-            prompts, chosen = scorer.last
+            if index != last:
+                image, masks = _check_sample(samples[index], index)
+                scorer = _ImageScorer(PromptedImage(model, processor, image, dtype), masks)
+                scorer.score(kind, (int(clicks or 1),), _generator(scores.seed, index))
+                prompts, chosen = scorer.last
+                last = index
             prompt = {name: value[0][number] for name, value in prompts.items()}
             left = draw_prompts(
                 draw_masks(image, masks[number].numpy()),
@@ -151,7 +156,7 @@ def worst_pictures(
                 [prompt["input_boxes"]] if "input_boxes" in prompt else None,
             )
             sheet = contact_sheet([left, draw_masks(image, chosen[number].numpy())], columns=2)
-            yield f"{place:03d}_iou_{values[position]:.3f}_image_{index}_object_{number}", sheet
+            yield f"{places[position]:03d}_iou_{values[position]:.3f}_image_{index}_object_{number}", sheet
 
 
 class _ImageScorer:
