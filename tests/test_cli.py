@@ -3,6 +3,7 @@
 
 import io
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -437,6 +438,29 @@ def test_evaluate_measures_average_precision(coco: list[str], model_folder: str,
     assert f"{numbers['box_iou']['AP']:.4f}" in capsys.readouterr().out
     scenes = ["evaluate", model_folder, "--scenes", "2", "--boxes", "ground-truth"]
     assert "--boxes needs --annotations" in refused(scenes, capsys)
+
+
+def test_two_processes_measure_the_same(coco: list[str], model_folder: str, tmp_path: Path) -> None:
+    """Both share the pictures, of mIoU and of AP; one prints and writes."""
+    annotations = Path(coco[1])
+    content = json.loads(annotations.read_text())
+    for number in (2, 3):  # three pictures for two processes
+        content["images"].append({**content["images"][0], "id": number})
+        content["annotations"].append({**content["annotations"][number - 2], "image_id": number})
+    annotations.write_text(json.dumps(content))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for number, options in enumerate((["--prompts", "uniform", "box"], ["--boxes", "ground-truth"])):
+        arguments = ["evaluate", model_folder, "--device", "cpu", *coco, *options]
+        one, two = tmp_path / f"one_{number}.json", tmp_path / f"two_{number}.json"
+        assert main([*arguments, "--output", str(one)]) == 0
+        command = [*launch, "-m", "efficientsam_hf.cli", *arguments, "--output", str(two)]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("wrote") == 1
+        name = "average_precision" if number else "metrics"
+        first, second = (json.loads(path.read_text())[name] for path in (one, two))
+        assert first == second
 
 
 def test_evaluate_on_scenes(model_folder: str, tmp_path: Path) -> None:

@@ -4,15 +4,19 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import SamConfig
 
 from efficientsam_hf import EfficientSamModel
 from efficientsam_hf.cli import main
@@ -79,11 +83,51 @@ def test_training_on_a_coco_file(tmp_path: Path) -> None:
     Path(flags[-1], "3.png").write_bytes(b"no picture")
     run = tmp_path / "run"
     flags += ["--horizontal-flip", "0.5", "--min-scale", "0.5", "--max-scale", "2", "--data-workers", "1"]
-    flags += ["--freeze", "prompt_encoder", "--lora-rank", "2", "--layer-decay", "0.8", "--gradient-checkpointing"]
+    flags += [
+        "--train-limit",
+        "4",
+        "--freeze",
+        "prompt_encoder",
+        "--lora-rank",
+        "2",
+        "--layer-decay",
+        "0.8",
+        "--gradient-checkpointing",
+    ]
     assert main([*TRAIN, *flags, "--max-steps", "5", "--output-dir", str(run)]) == 0
     skipped = events(run, "skipped")
     assert [line["sample"] for line in skipped] == [3] and "not a picture" in skipped[0]["reason"]
     assert events(run, "end")[0]["images"] == 20
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads comes back after a run with another one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_killed_run_on_a_coco_file_ends_with_the_same_bits(tmp_path: Path, threads: None) -> None:
+    """SIGKILL at any moment; order of the data, augmentation, prompts, optimiser and average go on as they were."""
+    flags = write_coco(tmp_path / "data", 5)
+    flags += ["--horizontal-flip", "0.5", "--max-scale", "2", "--max-steps", "24", "--checkpoint-every", "1"]
+    command = [*TRAIN, *flags, "--evaluate-scenes", "0", "--batch-size", "2", "--num-threads", "1"]
+    command += ["--output-dir"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with (tmp_path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "efficientsam_hf.cli", *command, str(killed)], stdout=output, stderr=output
+        )
+        while process.poll() is None and not list(killed.glob("checkpoints/step_[3-9]")):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
+    assert main([*command, str(killed), "--resume"]) == 0
+    assert main([*command, str(whole)]) == 0
+    assert 3 <= events(killed, "resume")[0]["step"] < 24
+    one, two = (EfficientSamModel.from_pretrained(run / "model").state_dict() for run in (killed, whole))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_training_on_tars_of_sa1b(tmp_path: Path) -> None:
@@ -102,6 +146,14 @@ def test_training_on_tars_of_sa1b(tmp_path: Path) -> None:
     assert "sa_2.json is not a JSON file" in events(tmp_path / "run", "skipped")[0]["reason"]
 
 
+def test_a_model_of_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    SamConfig().save_pretrained(tmp_path / "sam")
+    flags = ["--model", str(tmp_path / "sam"), "--model-overrides", "{}", "--max-steps", "1"]
+    assert main([*TRAIN, *flags, "--output-dir", str(tmp_path / "run")]) == 2
+    assert "sam is of model_type 'sam', not an EfficientSAM" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = write_coco(tmp_path / "data", 1)
     base = ["finetune", "--model", "ti", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]
@@ -112,6 +164,7 @@ def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.Capt
         (["--train-sa1b", str(tmp_path / "missing")], "train_sa1b: .*missing does not exist"),
         (["--train-scenes", "--horizontal-flip", "0.5"], "for annotated pictures"),
         (["--train-scenes", "--stream"], "train_dataset, which is not given"),
+        (["--train-scenes", "--train-limit", "3"], "train_limit is for annotated pictures"),
     ):
         assert main([*base, *wrong]) == 2
         assert re.search(words, capsys.readouterr().err)

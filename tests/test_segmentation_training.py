@@ -144,6 +144,19 @@ def test_boxes_are_exact_as_often_as_asked() -> None:
     assert distances["less noise"] < 0.4 * distances["never"]
 
 
+def test_objects_with_a_box_have_an_alpha_of_their_own() -> None:
+    """All objects in a box: the loss is that of the box's alpha. None: it is that of the other."""
+    for box, expected in ((1.0, 0.7), (0.0, 0.4)):
+        sampling = PromptSampling(uniform=1.0 - box, center=0.0, box=box, box_and_point=0.0)
+        model = tiny_model()
+        both = InteractiveSegmentation(model, None, sampling, {"focal_alpha": 0.4}, box_focal_alpha=0.7)
+        one = InteractiveSegmentation(model, None, sampling, {"focal_alpha": expected})
+        other = InteractiveSegmentation(model, None, sampling, {"focal_alpha": 1.1 - expected})
+        losses = [module(example_batch())["loss"] for module in (both, one, other)]
+        torch.testing.assert_close(losses[0], losses[1])
+        assert losses[0] != losses[2]
+
+
 def test_rounds_keep_prompts_and_add_corrections() -> None:
     calls = record(PromptSampling(rounds=3, corrected_objects=2, mask_prompts=1.0))
     masks = example_batch()["masks"]

@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import accelerate.checkpointing
 import pytest
 import torch
 from torch import nn
@@ -205,19 +207,91 @@ train_without_dropout(Path(sys.argv[1]), pieces(2, int(os.environ["RANK"]), 2), 
 """
 
 
-def test_two_processes_equal_one_with_the_larger_batch(tmp_path) -> None:
+def run_twice(folder: Path, script: str, *arguments: str) -> None:
+    """Run a script in two processes that know of each other."""
     tests = Path(__file__).parent
-    (tmp_path / "two.py").write_text(TWO_PROCESSES)
+    (folder / "two.py").write_text(script)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(tmp_path / "two.py"), str(tmp_path / "two")]
+    command = [*launch, str(folder / "two.py"), *arguments]
     done = subprocess.run(command, env=environment | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
+def test_two_processes_equal_one_with_the_larger_batch(tmp_path) -> None:
+    run_twice(tmp_path, TWO_PROCESSES, str(tmp_path / "two"))
     train_without_dropout(tmp_path / "one", batch_size=8)
     one, two = (weights(tmp_path / name / "model") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], atol=1e-5, rtol=1e-5)
     assert log(tmp_path / "one", "end")[0]["images"] == log(tmp_path / "two", "end")[0]["images"] == 48
+
+
+FSDP = """
+import os, signal, sys
+from pathlib import Path
+import accelerate
+from accelerate.utils import DistributedType
+from test_trainer import make_arguments, pieces, NoDropout
+from efficientsam_hf.training import trainer
+
+import torch
+
+
+def accelerator(**options):
+    # Accelerate turns FSDP on for processes with a GPU each alone, though torch's own works on CPUs.
+    plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2)
+    result = accelerate.Accelerator(**options, fsdp_plugin=plugin)
+    result.state.fsdp_plugin = plugin
+    result.state.distributed_type = accelerate.PartialState().distributed_type = DistributedType.FSDP
+    return result
+
+
+trainer.Accelerator = accelerator
+source = pieces(2, int(os.environ["RANK"]), 2)
+seen = []
+
+
+def stopping(start, stage):
+    for number, batch in enumerate(source(start, stage), start):
+        if number == 2:
+            signal.raise_signal(signal.SIGTERM)
+        yield batch
+
+
+def evaluate(module):
+    seen.append(module.linear.weight.clone())
+    return {"miou": 0.5}
+
+
+def run(folder, source=source, **changes):
+    torch.manual_seed(0)
+    settings = {"batch_size": 4, "image_sizes": "32", "max_steps": 6, "evaluate_every": 3, **changes}
+    training = trainer.Trainer(NoDropout(), source, make_arguments(Path(folder), **settings), evaluate)
+    assert [type(p).__name__ for p in training.module.parameters()] == ["DTensor"] * 2
+    return training.train()
+
+
+run(sys.argv[1])
+assert type(seen[-1]) is torch.Tensor and seen[-1].shape == (2, 4)
+assert run(sys.argv[1] + "_parts", stopping)["steps"] == 3
+assert run(sys.argv[1] + "_parts", resume=True)["steps"] == 6
+try:
+    run(sys.argv[1] + "_muon", optimizer="muon")
+    raise AssertionError("muon was taken")
+except ValueError as error:
+    assert "take adamw" in str(error)
+assert not Path(sys.argv[1] + "_muon").exists()
+"""
+
+
+def test_sharded_training_equals_one_process_and_resumes(tmp_path) -> None:
+    run_twice(tmp_path, FSDP, str(tmp_path / "two"))
+    train_without_dropout(tmp_path / "one", batch_size=8)
+    one, two, parts = (weights(tmp_path / name / "model") for name in ("one", "two", "two_parts"))
+    for name, value in one.items():
+        torch.testing.assert_close(value, two[name], atol=1e-5, rtol=1e-5)
+        assert type(two[name]) is torch.Tensor and torch.equal(two[name], parts[name])
 
 
 def test_wall_clock_budget_ends_the_run_and_survives_resume(tmp_path) -> None:
@@ -302,6 +376,37 @@ def test_run_folders_are_not_overwritten(tmp_path) -> None:
     (tmp_path / "other" / "thesis.txt").touch()
     with pytest.raises(ValueError, match="no run folder"):
         open_run(make_arguments(tmp_path / "other"))
+
+
+def test_a_full_disk_is_seen_before_the_run(tmp_path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    # 10 weights: four checkpoints of 4 numbers each, of 4 bytes, and the model twice
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10 * 4 * 4 * 4 + 10 * 4 * 2 - 1))
+    with pytest.raises(OSError, match="output_dir: the run needs .* for its checkpoints"):
+        train(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10 * 4 * 4 * 4 + 10 * 4 * 2))
+    train(tmp_path / "run")
+
+
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path, monkeypatch) -> None:
+    """Writing fails half-way through the second checkpoint, with the error that torch has for it."""
+    save = accelerate.checkpointing.save
+
+    def fill(state, path, **options):
+        save(state, path, **options)
+        if "step_10" in str(path) and "optimizer" in str(path):
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    monkeypatch.setattr(accelerate.checkpointing, "save", fill)
+    with pytest.raises(OSError, match="step 10 could not be written.*last good one is .*step_5; .* resume"):
+        train(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_5"]
+    monkeypatch.setattr(accelerate.checkpointing, "save", save)
+    assert train(tmp_path / "run", resume=True)["steps"] == 20
+    train(tmp_path / "whole")
+    whole, parts = (weights(tmp_path / name / "model") for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_average_follows_its_formula_and_comes_and_goes() -> None:

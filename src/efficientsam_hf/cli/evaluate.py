@@ -3,14 +3,16 @@
 
 import argparse
 import datetime
+import io
 import shlex
 import shutil
 import time
+from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from ..files import check_writable, write_json, write_png
-from .loading import add_model_options, check_name, load_model
+from .loading import add_model_options, check_name, join_processes, load_model
 
 
 DESCRIPTION = """\
@@ -24,7 +26,9 @@ prompts:
   center   a click on the object's deepest pixel (maximum of the distance transform); with --clicks, further clicks
            on the deepest pixel of what the last answer has wrong
   uniform  clicks on random pixels of the object, drawn with --seed (the paper's protocol)
-  box      the object's tight box"""
+  box      the object's tight box
+
+accelerate launch -m efficientsam_hf.cli evaluate ... shares the pictures among its processes."""
 PROTOCOLS = ("center", "uniform", "box")
 
 
@@ -71,13 +75,21 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluate each model, print tables, write the file."""
+    """Evaluate each model, print tables, write the file; of several processes one prints and writes."""
     _check(args)
     for name in args.models:
         check_name(name)
+    join_processes(args.device)
+    from ..evaluation.processes import is_main
+
+    with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
+        return _evaluate(args, write=is_main())
+
+
+def _evaluate(args: argparse.Namespace, write: bool) -> int:
     samples = _coco_samples(args) if args.annotations else None
     if args.boxes:
-        return _average_precision(args, samples)
+        return _average_precision(args, samples, write)
     records, first, differences = [], None, []
     for name in args.models or [None]:
         model, processor = load_model(name, args)
@@ -90,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         if len(args.models) > 1:
             print(name)
         print(format_table(records[-1]["metrics"]))
-        if args.save_worst:
+        if args.save_worst and write:
             folder = Path(args.output).with_suffix(".worst") / (str(len(records)) if len(args.models) > 1 else "")
             _save_worst(folder, args.save_worst, scores, model, processor, samples)
         if first is None:
@@ -98,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             differences.append({"model": name, "than": args.models[0], **first.compare(scores)})
             print(format_difference(differences[-1]))
-    if args.output:
+    if args.output and write:
         several = {"models": records, "differences": differences}
         write_json(Path(args.output), several if differences else records[0])
         print(f"wrote {args.output}")
@@ -134,7 +146,7 @@ def _save_worst(folder: Path, count: int, scores: Any, model: Any, processor: An
         print(f"wrote {target}")
 
 
-def _average_precision(args: argparse.Namespace, samples: Any) -> int:
+def _average_precision(args: argparse.Namespace, samples: Any, write: bool) -> int:
     """AP of each model, as a table and in the file."""
     from ..evaluation import average_precision, read_detections
 
@@ -151,7 +163,7 @@ def _average_precision(args: argparse.Namespace, samples: Any) -> int:
         if len(args.models) > 1:
             print(name)
         print(format_average_precision(numbers))
-    if args.output:
+    if args.output and write:
         write_json(Path(args.output), {"models": records} if len(records) > 1 else records[0])
         print(f"wrote {args.output}")
     return 0

@@ -71,7 +71,9 @@ def finetune(arguments: Any) -> dict[str, Any]:
     if arguments.gradient_checkpointing:
         # transformers 5.23 renames it
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    module = InteractiveSegmentation(model, processor, arguments.sampling(), arguments.loss_weights())
+    module = InteractiveSegmentation(
+        model, processor, arguments.sampling(), arguments.loss_weights(), arguments.box_focal_alpha
+    )
     module.freeze(arguments.parts("freeze"))
     if arguments.lora_rank:
         module.add_adapters(arguments.parts("lora_parts"), arguments.lora_rank, arguments.lora_alpha)
@@ -111,6 +113,9 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
         if overrides:
             raise ValueError("model_overrides is for presets (ti, s, b); a checkpoint keeps its config")
         source = default_checkpoint() if arguments.model == "default" else arguments.model
+        architecture = EfficientSamConfig.get_config_dict(source)[0].get("model_type")
+        if architecture != EfficientSamConfig.model_type:
+            raise ValueError(f"model: {source} is of model_type {architecture!r}, not an EfficientSAM")
         model = EfficientSamModel.from_pretrained(source, dtype=torch.float32)
         model.config.vision_config.image_size = image_size
         image_processor = EfficientSamImageProcessor.from_pretrained(source, size=image_size)
@@ -150,6 +155,8 @@ def _training_data(arguments: Any) -> dict[str, Any]:
         tars = sa1b.find_tars(arguments.train_sa1b)
         if tars and next(Path(arguments.train_sa1b).rglob("*.json"), None):
             raise ValueError(f"train_sa1b: {arguments.train_sa1b} holds tars and loose .json files; give one of them")
+        if tars and arguments.train_limit:
+            raise ValueError("train_limit is for pictures that are stored; tars are streamed")
         if tars:
             return {"stream": sa1b.stream_tars(tars), "read": sa1b.read_row}
         return {"samples": sa1b.Sa1bFolder(arguments.train_sa1b)}
@@ -166,6 +173,7 @@ def _annotated_batches(
     arguments: Any, processor: Any, samples: Any = None, stream: Any = None, read: Callable | None = None
 ) -> Any:
     from accelerate import PartialState
+    from torch.utils.data import Subset
 
     from ..training.mask_batches import MaskBatches
     from ..training.preparation import Preparation
@@ -187,6 +195,8 @@ def _annotated_batches(
     }
     if stream is not None:
         return StreamBatches(stream, read, shuffle_buffer=arguments.shuffle_buffer, **common)
+    if arguments.train_limit is not None:
+        samples = Subset(samples, range(min(arguments.train_limit, len(samples))))
     return MaskBatches(samples, **common)
 
 

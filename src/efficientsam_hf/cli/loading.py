@@ -2,6 +2,7 @@
 """Model options that commands share, and loading by them."""
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
         if bars:
             logging.enable_progress_bar()
     return model.to(device).eval(), processor
+
+
+def join_processes(device: str | None) -> None:
+    """Meet the other processes of `accelerate launch` or torchrun, each with a GPU of its own; alone, do nothing."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise ImportError("several processes are joined by accelerate: pip install 'efficientsam-hf[eval]'") from error
+    PartialState(cpu=device == "cpu" or pick_device(device).type == "cpu")
 
 
 def pick_device(name: str | None) -> Any:

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from ..data.coco import CocoSamples
 from ..metrics import mask_iou
 from ..models.rle_efficientsam import encode_rle
+from .processes import collect, is_main, own_share
 from .prompted_image import PromptedImage, compute_context, evaluating
 
 
@@ -37,7 +39,8 @@ def average_precision(
     `detections` are COCO results, {"image_id", "category_id", "bbox": [x, y, width, height], "score"} each; None takes
     the boxes of the annotations, all with score 1. Of the three masks of a box, "box_iou" takes the one with the
     highest IoU with the box itself (EfficientSAM paper, instance segmentation), "predicted_iou" the one with the
-    highest predicted IoU. With `limit` only the first pictures count, for both sides.
+    highest predicted IoU. With `limit` only the first pictures count, for both sides. In a distributed run the
+    processes share the pictures: all must call, and all get the whole result.
 
     Returns {"box_iou": {"AP", "AP50", "AP75", "APs", "APm", "APl"}, "predicted_iou": {...}}, from 0 to 1; -1 where
     there is no object of that size. Raises ImportError without pycocotools, and ValueError for detections of pictures
@@ -53,18 +56,21 @@ def average_precision(
     compute_context(model, dtype)
     truth = samples.complete_annotations(limit)
     boxes = _boxes_by_image(truth, detections)
-    results: dict[str, list[dict[str, Any]]] = {choice: [] for choice in CHOICES}
+    results: list[tuple[str, dict[str, Any]]] = []
     with evaluating(model, device):
-        for record in tqdm(truth["images"], desc="AP", unit="image", disable=not progress):
+        share = own_share(len(truth["images"]))
+        for number in tqdm(share, desc="AP", unit="image", disable=not (progress and is_main())):
+            record = truth["images"][number]
             found = boxes[record["id"]]
             if found:
                 picture = PromptedImage(model, processor, samples.open_picture(record), dtype, prompt_chunk)
-                _segment(picture, found, results)
+                results += _segment(picture, found)
+    results = collect(results)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        return {choice: _measure(coco, entries) for choice, entries in results.items()}
+        return {choice: _measure(coco, [entry for by, entry in results if by == choice]) for choice in CHOICES}
 
 
 def read_detections(path: str | Path) -> list[dict[str, Any]]:
@@ -102,8 +108,8 @@ def _boxes_by_image(truth: dict[str, Any], detections: list[dict[str, Any]] | No
     return boxes
 
 
-def _segment(picture: PromptedImage, boxes: list[dict[str, Any]], results: dict[str, list[dict[str, Any]]]) -> None:
-    """Prompt with all boxes of a picture and add a COCO result for each to both lists of `results`."""
+def _segment(picture: PromptedImage, boxes: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prompt with all boxes of a picture; a COCO result for each box and each of `CHOICES`, by its name."""
     corners = torch.tensor([entry["bbox"] for entry in boxes], dtype=torch.float64)
     corners[:, 2:] += corners[:, :2]
     for part, masks, predicted in picture.answers(input_boxes=[corners.tolist()]):
@@ -112,14 +118,8 @@ def _segment(picture: PromptedImage, boxes: list[dict[str, Any]], results: dict[
         for choice, values in scores.items():
             chosen = masks[torch.arange(len(masks)), values.argmax(-1)].numpy()
             for entry, mask in zip(boxes[part], chosen, strict=True):
-                results[choice].append(
-                    {
-                        "image_id": entry["image_id"],
-                        "category_id": entry["category_id"],
-                        "segmentation": encode_rle(mask),
-                        "score": entry["score"],
-                    }
-                )
+                kept = {name: entry[name] for name in ("image_id", "category_id", "score")}
+                yield choice, {**kept, "segmentation": encode_rle(mask)}
 
 
 def _filled(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

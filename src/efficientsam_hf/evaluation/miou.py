@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ..data.prompts import center_points, tight_boxes, uniform_points
 from ..metrics import bootstrap_difference, chosen_and_best, mask_area, mask_iou
 from ..visualization import contact_sheet, draw_masks, draw_prompts
+from .processes import collect, is_main, own_share
 from .prompted_image import PromptedImage, compute_context, evaluating
 
 
@@ -92,6 +93,7 @@ def score_objects(
     it has too much, if the model takes them. `clicks` are the numbers of clicks after which both are scored. The mask
     with the highest predicted IoU is scored at the original resolution (paper, evaluation protocol). `device` moves
     the model; a `dtype` other than the weights' computes under autocast.
+    In a distributed run the processes share the pictures: all must call, and all get the whole result.
 
     Raises `ValueError` for an unknown prompt, a limit, chunk or number of clicks below 1, masks of another size than
     their image, or samples without any object.
@@ -99,24 +101,23 @@ def score_objects(
     _check_arguments(prompts, clicks, limit, prompt_chunk)
     compute_context(model, dtype)
     count = len(samples) if limit is None else min(limit, len(samples))
-    images: list[torch.Tensor] = []
-    shares: list[torch.Tensor] = []
-    ious: dict[str, list[torch.Tensor]] = {}
+    parts: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
     with evaluating(model, device):
-        for index in tqdm(range(count), desc="evaluate", unit="image", disable=not progress):
+        for index in tqdm(own_share(count), desc="evaluate", unit="image", disable=not (progress and is_main())):
             image, masks = _check_sample(samples[index], index)
             if len(masks) == 0:
                 continue
             scorer = _ImageScorer(PromptedImage(model, processor, image, dtype, prompt_chunk), masks)
+            ious: dict[str, torch.Tensor] = {}
             for name in prompts:
-                for protocol, values in scorer.score(name, clicks, _generator(seed, index)).items():
-                    ious.setdefault(protocol, []).append(values)
-            images.append(torch.full((len(masks),), index))
-            shares.append(mask_area(masks) / masks[0].numel())
-    if not shares:
+                ious |= scorer.score(name, clicks, _generator(seed, index))
+            parts.append((index, mask_area(masks) / masks[0].numel(), ious))
+    parts = sorted(collect(parts), key=lambda part: part[0])
+    if not parts:
         raise ValueError(f"there is nothing to evaluate: no objects in {count} of {len(samples)} samples")
-    scores = {name: torch.cat(values) for name, values in ious.items()}
-    return ObjectScores(torch.cat(images), torch.cat(shares), scores, seed)
+    images = torch.cat([torch.full((len(shares),), index) for index, shares, _ in parts])
+    scores = {name: torch.cat([ious[name] for *_, ious in parts]) for name in parts[0][2]}
+    return ObjectScores(images, torch.cat([shares for _, shares, _ in parts]), scores, seed)
 
 
 def worst_pictures(

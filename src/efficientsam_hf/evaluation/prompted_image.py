@@ -10,6 +10,7 @@ from PIL import Image
 
 
 PROMPTS = ("input_points", "input_labels", "input_boxes")
+SIZES = ("original_sizes", "reshaped_input_sizes")  # processors that do not pad have the first alone
 MAX_LOGITS = 2**25  # full-size logits held at once: 128 MiB in float32
 
 
@@ -30,7 +31,7 @@ class PromptedImage:
         self.model, self.processor, self.image = model, processor, image
         self.compute = compute_context(model, dtype)
         self.chunk = max(1, min(prompt_chunk, MAX_LOGITS // (3 * image.width * image.height)))
-        self.embeddings: torch.Tensor | None = None
+        self.embeddings: Any = None
 
     def answers(self, **prompts: Any) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         """Prompts as the processor takes them for one picture -> which of them, masks (q, 3, H, W) bool, IoU (q, 3).
@@ -46,8 +47,8 @@ class PromptedImage:
             part = slice(start, start + self.chunk)
             yield part, *self._decode({name: value[:, part] for name, value in tensors.items()}, inputs)
 
-    def _embed(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(1, 3, H, W) -> image embeddings, in the weights' dtype."""
+    def _embed(self, pixel_values: torch.Tensor) -> Any:
+        """(1, 3, H, W) -> image embeddings as the model gives them, in the weights' dtype."""
         weights = next(self.model.parameters())
         with self.compute():
             return self.model.get_image_embeddings(pixel_values.to(weights.device, weights.dtype))
@@ -61,7 +62,8 @@ class PromptedImage:
         with self.compute():
             outputs = self.model(image_embeddings=self.embeddings, multimask_output=True, **prompts)
         logits = outputs.pred_masks.float()
-        masks = self.processor.post_process_masks(logits, inputs["original_sizes"], inputs["reshaped_input_sizes"])[0]
+        sizes = [inputs[name] for name in SIZES if name in inputs]
+        masks = self.processor.post_process_masks(logits, *sizes)[0]
         return masks.cpu(), outputs.iou_scores[0].float().cpu()
 
 

@@ -159,6 +159,7 @@ class FinetuneArguments(TrainerArguments):
     masks_column: str = option(
         "masks", "Column of train_dataset with a label picture, a list of mask pictures, or a list of RLE masks."
     )
+    train_limit: int | None = option(None, "Train on the first so many pictures only; not for streams.")
     horizontal_flip: float = option(0.0, "Probability that an annotated picture is mirrored left to right.")
     min_scale: float = option(1.0, "Smallest scale of large-scale jitter of annotated pictures; below 1 they shrink.")
     max_scale: float = option(1.0, "Largest scale of large-scale jitter; above 1 a part of the picture is taken.")
@@ -181,6 +182,7 @@ class FinetuneArguments(TrainerArguments):
     exact_boxes: float = option(0.0, "Probability that a box is the tight one, without noise.")
     focal_weight: float = option(20.0, "Weight of the focal loss.")
     focal_alpha: float = option(0.25, "Weight of foreground against background in the focal loss (RetinaNet: 0.25).")
+    box_focal_alpha: float | None = option(None, "focal_alpha for objects prompted with a box; default the same.")
     dice_weight: float = option(1.0, "Weight of the dice loss.")
     iou_weight: float = option(1.0, "Weight of the squared error of the predicted IoU.")
     single_weight: float = option(1.0, "Weight of the single-mask token beside the best of three.")
@@ -199,11 +201,12 @@ class FinetuneArguments(TrainerArguments):
             )
         for name in ("data_workers", "evaluate_scenes"):
             self._check(name, lambda value: value >= 0, "at least 0")
-        for name in ("objects_per_image", "eval_limit", "shuffle_buffer"):
+        for name in ("objects_per_image", "train_limit", "eval_limit", "shuffle_buffer"):
             self._check(name, lambda value: value is None or value >= 1, "at least 1")
         for name in LOSS_WEIGHTS:
             self._check(name, lambda value: value >= 0, "at least 0")
-        self._check("focal_alpha", lambda value: 0 < value < 1, "between 0 and 1")
+        for name in ("focal_alpha", "box_focal_alpha"):
+            self._check(name, lambda value: value is None or 0 < value < 1, "between 0 and 1")
         self._check_parts()
         if not isinstance(self.overrides(), dict):
             raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
@@ -215,6 +218,8 @@ class FinetuneArguments(TrainerArguments):
                 raise ValueError(f"{one} and {other} go together, got only one of them")
         if self.stream and not self.train_dataset:
             raise ValueError("stream is a way to read train_dataset, which is not given")
+        if self.train_limit and (self.stream or self.train_scenes):
+            raise ValueError(f"train_limit is for annotated pictures that are stored, got {self.train_limit} without")
         given = [
             name
             for name in ("train_scenes", "train_annotations", "train_sa1b", "train_dataset")

@@ -8,6 +8,11 @@ import torch
 from torch import nn
 
 
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP has spread over processes (all must ask), and any other tensor itself."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 class WeightAverage:
     """Moving average of the trainable parameters in their own dtype, with a warm-up of the decay.
 
@@ -46,11 +51,15 @@ class WeightAverage:
             average.copy_(current)
 
     def state_dict(self) -> dict:
-        return {"updates": self.updates, "averages": self.averages}
+        return {"updates": self.updates, "averages": [gathered(average) for average in self.averages]}
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["averages"]) != len(self.averages):
             raise ValueError(f"checkpoint averages {len(state['averages'])} parameters, this run {len(self.averages)}")
         self.updates = state["updates"]
         for average, saved in zip(self.averages, state["averages"]):
+            if hasattr(average, "device_mesh"):  # spread by FSDP
+                from torch.distributed.tensor import distribute_tensor
+
+                saved = distribute_tensor(saved.to(average.device), average.device_mesh, average.placements)
             average.copy_(saved)

@@ -3,6 +3,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 import time
 from dataclasses import asdict, fields
@@ -52,6 +53,17 @@ def describe_run(arguments: TrainerArguments) -> dict:
         "versions": describe_versions(),
         "machine": describe_machine(),
     }
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """`OSError` if the disk that holds the folder, or will, has less than `needed` bytes free."""
+    there = next(path for path in (folder, *folder.resolve().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise OSError(
+            f"output_dir: the run needs {needed / 2**20:,.0f} MiB for its checkpoints and model, and the disk of "
+            f"{folder} has {free / 2**20:,.0f} MiB free"
+        )
 
 
 class RunLog:

@@ -59,6 +59,8 @@ class InteractiveSegmentation(nn.Module):
     round adds a click from the error region of the last answer (background clicks only if the model has them) and,
     with probability `sampling.mask_prompts`, that answer's logits as mask prompt (if the model takes them), for the
     first `sampling.corrected_objects` objects of an image. The number of prompt tokens is the same in every round.
+    `box_focal_alpha` replaces the `focal_alpha` of `loss_weights` for objects with a box: a box says how large its
+    object is, so what is uncertain in it is more often object than what is uncertain around a click.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class InteractiveSegmentation(nn.Module):
         processor=None,
         sampling: PromptSampling | None = None,
         loss_weights: dict[str, float] | None = None,
+        box_focal_alpha: float | None = None,
     ):
         super().__init__()
         self.model = model
         self.processor = processor
         self.sampling = sampling or PromptSampling()
         self.loss_weights = dict(loss_weights or {})
+        self.box_focal_alpha = box_focal_alpha
         self.compiled: dict[str, object] = {}
         if model.config.prompt_encoder_config.mask_prompts and not self._gives_masks():
             # Without a gradient they would only be in the way: distributed training waits for every parameter.
@@ -137,11 +141,18 @@ class InteractiveSegmentation(nn.Module):
                 prompt = self._next_prompts(prompt, logits, scores, targets, masks, number - 1, generator)
             logits, scores, _ = self._part("decode", self.model.decode_prompts)(embeddings, **prompt)
             losses = self._part("losses", segmentation_losses)(
-                logits, scores, targets, object_mask, **self.loss_weights
+                logits, scores, targets, object_mask, **self._loss_weights(prompt["input_boxes"])
             )
             total, weight = total + losses["loss"] * masks.shape[1], weight + masks.shape[1]
             metrics |= {name if number == 1 else f"{name}_{number}": v.detach() for name, v in losses.items()}
         return metrics | {"loss": total / weight}
+
+    def _loss_weights(self, boxes: torch.Tensor) -> dict[str, float | torch.Tensor]:
+        """Arguments of the losses of objects with these boxes, (B, Q, 4) with -1 for none."""
+        if self.box_focal_alpha is None:
+            return self.loss_weights
+        alpha = torch.where(boxes[..., 0] >= 0, self.box_focal_alpha, self.loss_weights.get("focal_alpha", 0.25))
+        return self.loss_weights | {"focal_alpha": alpha}
 
     def _part(self, name: str, default):
         return self.compiled.get(name, default)

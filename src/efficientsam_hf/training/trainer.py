@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The training loop: it knows batches and losses, and nothing about images, masks or prompts."""
 
+import copy
 import json
 import math
+import shutil
 import signal
 import threading
 import time
@@ -14,16 +16,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast_object_list, send_to_device
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..files import PARTIAL, replace_folder, write_folder, write_json, write_png
 from .arguments import TrainerArguments
 from .checkpoints import STATE_FILE, checkpoint_step, list_checkpoints, prune_checkpoints
-from .ema import WeightAverage
+from .ema import WeightAverage, gathered
 from .optimizers import make_optimizers
-from .run_folder import RunLog, open_run
+from .run_folder import RunLog, check_room, open_run
 from .schedule import Due, Stage, learning_rate_factor, run_progress, stage_at
 
 
@@ -38,7 +40,10 @@ class Trainer:
     `module.depths()`, the layers above each parameter by its name.
     `batches(start, stage)` yields the batches of this process from number `start` on, at the stage's image size; it is
     called again where a stage begins and on resume, so batch i may depend on i and the stage alone.
-    `evaluate(module)` returns numbers by name; it runs in the main process with averaged weights, under no_grad.
+    `evaluate(module)` returns numbers by name; it is called with averaged weights, under no_grad, in every process,
+    so that they can share the work, and what it returns in the main one counts.
+    Under FSDP (version 2) every process keeps a whole copy of the module beside its shard of the training state, to
+    evaluate and to save.
     """
 
     def __init__(
@@ -58,7 +63,9 @@ class Trainer:
             log_with=trackers or None,
             project_dir=arguments.output_dir,
         )
+        self.whole = self._whole_copy(module)
         if self.accelerator.is_main_process:
+            check_room(Path(arguments.output_dir), self._bytes_needed(module))
             open_run(arguments)
         self.accelerator.wait_for_everyone()
         if trackers:
@@ -84,6 +91,26 @@ class Trainer:
     def plain_module(self) -> nn.Module:
         """The module as it was given, without the wrappers of distributed training."""
         return self.accelerator.unwrap_model(self.module)
+
+    def _whole_copy(self, module: nn.Module) -> nn.Module | None:
+        """A copy for all weights where FSDP leaves each process a part of them; ValueError if FSDP cannot be."""
+        if self.accelerator.distributed_type != DistributedType.FSDP:
+            return None
+        if not self.accelerator.is_fsdp2:
+            raise ValueError("FSDP must be of version 2 (accelerate launch --fsdp_version 2), got version 1")
+        if self.arguments.optimizer == "muon":
+            raise ValueError("optimizer muon is two optimizers, and Accelerate keeps one under FSDP: take adamw")
+        return copy.deepcopy(module).to(self.accelerator.device).eval()
+
+    def _bytes_needed(self, module: nn.Module) -> int:
+        """Room on the disk: a checkpoint is weights, their average and two moments, in float32; the model weights.
+
+        One more than is kept is there while it is written, and the best one may be kept beside the last.
+        """
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        weights = 4 * sum(p.numel() for p in module.parameters())
+        checkpoints = 1 if self.arguments.resume else self.arguments.keep_checkpoints + 2
+        return checkpoints * (weights + 12 * trained) + 2 * weights
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all sessions of this run."""
@@ -161,7 +188,7 @@ class Trainer:
         """Clip and step; a gradient that is not finite changes nothing, and too many in a row end the run."""
         limit = self.arguments.max_grad_norm or math.inf
         norm = self.accelerator.clip_grad_norm_(self.module.parameters(), limit)
-        norm = torch.as_tensor(norm).detach()
+        norm = gathered(torch.as_tensor(norm).detach())
         finite = bool(torch.isfinite(norm))
         if finite or self.accelerator.scaler is not None:  # fp16: the scaler skips the step and lowers its scale
             for optimizer in self.optimizers:
@@ -225,23 +252,28 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[nn.Module]:
-        """The plain module in evaluation mode with averaged weights; training goes on as if nothing had happened."""
+        """The plain module in evaluation mode with averaged weights; training goes on as if nothing had happened.
+
+        Every process must come here, since under FSDP the weights are gathered from all of them.
+        """
         module = self.plain_module
         module.eval()
         with torch.random.fork_rng(), torch.no_grad(), self.average.applied(), self.accelerator.autocast():
-            yield module
+            if self.whole is not None:
+                pairs = zip(self.whole.parameters(), module.parameters(), strict=True)
+                for mine, sharded in pairs:
+                    mine.copy_(gathered(sharded))
+            yield module if self.whole is None else self.whole
         module.train()
 
     def _evaluate(self) -> None:
         if self.evaluate is None:
             return
-        metrics: dict[str, float] = {}
-        if self.accelerator.is_main_process:
-            begin = time.monotonic()
-            with self._averaged() as module:
-                metrics = self.evaluate(module)
-            self.log("evaluation", step=self.step, seconds=time.monotonic() - begin, **metrics)
-            self._track("evaluation", metrics)
+        begin = time.monotonic()
+        with self._averaged() as module:
+            metrics = self.evaluate(module)
+        self.log("evaluation", step=self.step, seconds=time.monotonic() - begin, **metrics)
+        self._track("evaluation", metrics)
         self._keep_if_best(metrics)
         self.accelerator.wait_for_everyone()
 
@@ -256,13 +288,13 @@ class Trainer:
             self._save()
 
     def _save_picture(self) -> None:
-        if not (self.accelerator.is_main_process and hasattr(self.plain_module, "picture")):
+        if not hasattr(self.plain_module, "picture"):
             return
-        with self._averaged() as module:
-            picture = module.picture(self.last_batch)
         folder = self.run / "pictures"
-        folder.mkdir(exist_ok=True)
-        write_png(folder / f"step_{self.step:06d}.png", picture)
+        with self._averaged() as module:
+            if self.accelerator.is_main_process:
+                folder.mkdir(exist_ok=True)
+                write_png(folder / f"step_{self.step:06d}.png", module.picture(self.last_batch))
 
     # Saving and resuming
 
@@ -272,7 +304,16 @@ class Trainer:
             return
         folder = self.run / "checkpoints" / f"step_{self.step}"
         partial = folder.with_name(PARTIAL + folder.name)
-        self.accelerator.save_state(str(partial), safe_serialization=True)
+        try:
+            self.accelerator.save_state(str(partial), safe_serialization=True)
+        except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            last = next(iter(list_checkpoints(self.run)[-1:]), "none")
+            free = shutil.disk_usage(self.run).free / 2**20
+            raise OSError(
+                f"the checkpoint of step {self.step} could not be written, with {free:,.0f} MiB free on the disk of "
+                f"{self.run}: {error}. The last good one is {last}; the run goes on from it with resume"
+            ) from error
         self.accelerator.wait_for_everyone()  # every process writes its random state into the folder
         if self.accelerator.is_main_process:
             state = {
@@ -282,14 +323,15 @@ class Trainer:
             write_json(partial / STATE_FILE, state)
             replace_folder(partial, folder)
             prune_checkpoints(self.run, self.arguments.keep_checkpoints, self.best and self.best["step"])
-            self._export()
-            self.log("checkpoint", step=self.step, elapsed=self.elapsed(), folder=str(folder))
+        self._export()
+        self.log("checkpoint", step=self.step, elapsed=self.elapsed(), folder=str(folder))
         self.saved_step = self.step
         self.accelerator.wait_for_everyone()
 
     def _export(self) -> None:
         with self._averaged() as module:
-            write_folder(self.run / "model", module.save_pretrained)
+            if self.accelerator.is_main_process:
+                write_folder(self.run / "model", module.save_pretrained)
 
     def _resume(self) -> None:
         """Load the last complete checkpoint, if the run got that far."""
@@ -313,7 +355,7 @@ class Trainer:
         if progress >= 1:
             self._evaluate()
         self._save()
-        if self.accelerator.is_main_process and not (self.run / "model").is_dir():
+        if self._agree(not (self.run / "model").is_dir()):
             self._export()
         summary = {
             "steps": self.step,
