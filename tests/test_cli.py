@@ -383,6 +383,7 @@ def test_evaluate_prints_and_writes(
     metrics = record["metrics"]
     assert metrics["objects"] == 2 and set(metrics) >= {"center", "box"} and "uniform" not in metrics
     assert record["command"].startswith("efficientsam evaluate ")
+    assert record["protocol"]["clicks"] == [1] and record["revision"] is None
     assert {"torch", "transformers", "python", "efficientsam-hf"} <= set(record["versions"])
     assert record["machine"]["cores"] >= 1 and record["machine"]["gpus"] == [] and record["date"].endswith("+00:00")
     printed = capsys.readouterr().out
@@ -415,7 +416,7 @@ def test_evaluate_compares_models(coco: list[str], model_folder: str, tmp_path: 
     (difference,) = content["differences"]
     assert difference["uniform:3"] == {"difference": 0, "low": 0, "high": 0}
     printed = capsys.readouterr().out
-    assert printed.count(model_folder) == 3 and "uniform:3" in printed and "+0.0000" in printed
+    assert printed.count(model_folder) == 4 and "uniform:3" in printed and "+0.0000" in printed
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

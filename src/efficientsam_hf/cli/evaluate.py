@@ -8,6 +8,8 @@ import shlex
 import shutil
 import time
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,15 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=run)
 
 
+@dataclass
+class Result:
+    """What came out for one model."""
+
+    record: dict[str, Any]
+    table: str
+    scores: Any = None  # ObjectScores
+
+
 def run(args: argparse.Namespace) -> int:
     """Evaluate each model, print tables, write the file; of several processes one prints and writes."""
     _check(args)
@@ -88,33 +99,38 @@ def run(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace, write: bool) -> int:
     samples = _coco_samples(args) if args.annotations else None
-    if args.boxes:
-        return _average_precision(args, samples, write)
-    records, first, differences = [], None, []
+    measure = partial(_average_precision, detections=_detections(args)) if args.boxes else _miou
+    results: list[Result] = []
     for name in args.models or [None]:
         model, processor = load_model(name, args)
         if samples is None:  # one size for all models, or they would not see the same scenes
             samples = _scene_samples(args, processor)
         start = time.perf_counter()
-        scores = _score(args, model, processor, samples)
-        seconds = round(time.perf_counter() - start, 1)
-        records.append({"metrics": scores.summary(), "seconds": seconds, **_describe_run(args, name, model)})
-        if len(args.models) > 1:
-            print(name)
-        print(format_table(records[-1]["metrics"]))
+        result = measure(args, model, processor, samples)
+        result.record |= {"seconds": round(time.perf_counter() - start, 1), **_describe_run(args, name, model)}
+        results.append(result)
+        print(f"{name}\n{result.table}" if len(args.models) > 1 else result.table)
         if args.save_worst and write:
-            folder = Path(args.output).with_suffix(".worst") / (str(len(records)) if len(args.models) > 1 else "")
-            _save_worst(folder, args.save_worst, scores, model, processor, samples)
-        if first is None:
-            first = scores
-        else:
-            differences.append({"model": name, "than": args.models[0], **first.compare(scores)})
-            print(format_difference(differences[-1]))
+            folder = Path(args.output).with_suffix(".worst") / (str(len(results)) if len(args.models) > 1 else "")
+            _save_worst(folder, args.save_worst, result.scores, model, processor, samples)
+    content: dict[str, Any] = results[0].record
+    if len(results) > 1:
+        content = {"models": [result.record for result in results]}
+    if len(results) > 1 and not args.boxes:
+        content["differences"] = _differences(args.models, results)
     if args.output and write:
-        several = {"models": records, "differences": differences}
-        write_json(Path(args.output), several if differences else records[0])
+        write_json(Path(args.output), content)
         print(f"wrote {args.output}")
     return 0
+
+
+def _differences(names: list[str], results: list[Result]) -> list[dict[str, Any]]:
+    """Compare each model with the first, print and return what comes out."""
+    first, differences = results[0], []
+    for name, result in zip(names[1:], results[1:], strict=True):
+        differences.append({"model": name, "than": names[0], **first.scores.compare(result.scores)})
+        print(format_difference(differences[-1]))
+    return differences
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -146,27 +162,19 @@ def _save_worst(folder: Path, count: int, scores: Any, model: Any, processor: An
         print(f"wrote {target}")
 
 
-def _average_precision(args: argparse.Namespace, samples: Any, write: bool) -> int:
-    """AP of each model, as a table and in the file."""
-    from ..evaluation import average_precision, read_detections
+def _detections(args: argparse.Namespace) -> list[dict[str, Any]] | None:
+    from ..evaluation import read_detections
 
-    detections = None if args.boxes == "ground-truth" else read_detections(args.boxes)
-    records = []
-    for name in args.models or [None]:
-        model, processor = load_model(name, args)
-        start = time.perf_counter()
-        numbers = average_precision(
-            model, processor, samples, detections, limit=args.limit, prompt_chunk=args.prompt_chunk
-        )
-        seconds = round(time.perf_counter() - start, 1)
-        records.append({"average_precision": numbers, "seconds": seconds, **_describe_run(args, name, model)})
-        if len(args.models) > 1:
-            print(name)
-        print(format_average_precision(numbers))
-    if args.output and write:
-        write_json(Path(args.output), {"models": records} if len(records) > 1 else records[0])
-        print(f"wrote {args.output}")
-    return 0
+    return None if args.boxes == "ground-truth" else read_detections(args.boxes)
+
+
+def _average_precision(args: argparse.Namespace, model: Any, processor: Any, samples: Any, detections: Any) -> Result:
+    from ..evaluation import average_precision
+
+    numbers = average_precision(
+        model, processor, samples, detections, limit=args.limit, prompt_chunk=args.prompt_chunk
+    )
+    return Result({"average_precision": numbers}, format_average_precision(numbers))
 
 
 def format_average_precision(numbers: dict[str, dict[str, float]]) -> str:
@@ -178,10 +186,10 @@ def format_average_precision(numbers: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def _score(args: argparse.Namespace, model: Any, processor: Any, samples: Any) -> Any:
+def _miou(args: argparse.Namespace, model: Any, processor: Any, samples: Any) -> Result:
     from ..evaluation import score_objects
 
-    return score_objects(
+    scores = score_objects(
         model,
         processor,
         samples,
@@ -191,6 +199,8 @@ def _score(args: argparse.Namespace, model: Any, processor: Any, samples: Any) -
         limit=args.limit,
         prompt_chunk=args.prompt_chunk,
     )
+    metrics = scores.summary()
+    return Result({"metrics": metrics}, format_table(metrics), scores)
 
 
 def _coco_samples(args: argparse.Namespace) -> Any:
@@ -231,13 +241,21 @@ def format_table(metrics: dict[str, Any]) -> str:
 
 def format_difference(difference: dict[str, Any]) -> str:
     """One entry of "differences" as a line for each prompt."""
-    lines = [f"mIoU less that of {difference['than']}, 95 % interval:"]
+    lines = [f"{difference['model']}: mIoU less that of {difference['than']}, 95 % interval"]
     for name, values in difference.items():
         if isinstance(values, dict):
             lines.append(
                 f"{name:<10}  {values['difference']:+9.4f}  from {values['low']:+.4f} to {values['high']:+.4f}"
             )
     return "\n".join(lines)
+
+
+def _protocol(args: argparse.Namespace) -> dict[str, Any]:
+    """What the numbers mean, beyond the names of the prompts."""
+    common = {"limit": args.limit, "resolution": "that of the picture", "masks_per_prompt": 3}
+    if args.boxes:
+        return {**common, "boxes": args.boxes, "mask": "each way of choosing by itself"}
+    return {**common, "mask": "highest predicted IoU", "clicks": args.clicks, "seed": args.seed}
 
 
 def _describe_run(args: argparse.Namespace, name: str | None, model: Any) -> dict[str, Any]:
@@ -248,6 +266,8 @@ def _describe_run(args: argparse.Namespace, name: str | None, model: Any) -> dic
     return {
         "command": shlex.join(["efficientsam", *args.argv]),
         "model": name or "default checkpoint",
+        "revision": getattr(model.config, "_commit_hash", None),  # of the Hub, None for a folder
+        "protocol": _protocol(args),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": describe_machine(parameter.device),
