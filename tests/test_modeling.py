@@ -620,7 +620,7 @@ def test_rows_and_columns_are_not_mixed_up(model) -> None:
     patches = embeddings(image) - embeddings.resized_positions(2, 6)
     single = embeddings.projection(image[:, :, 16:, 32:48]).flatten(2).transpose(1, 2)
     assert_same(patches[:, 1 * 6 + 2 : 1 * 6 + 3], single)
-    table = sine_cosine_table(14, 32).view(14, 14, 32)
+    table = sine_cosine_table(14, 14, 32).view(14, 14, 32)
     assert torch.equal(table[3, :, :16], table[9, :, :16])  # x in the first half
     assert torch.equal(table[:, 3, 16:], table[:, 9, 16:])  # y in the second
 
@@ -665,7 +665,7 @@ def test_missing_weights_are_initialised(folder: Path, tmp_path: Path) -> None:
     assert all(value.device.type == "cpu" and value.isfinite().all() for value in state.values())
     assert torch.equal(state["neck.layer_norm2.bias"], torch.ones(32))
     table = state["vision_encoder.embeddings.position_embeddings"]
-    assert_same(table[0, 1:], sine_cosine_table(14, 32))
+    assert_same(table[0, 1:], sine_cosine_table(14, 14, 32))
     assert 0.5 < gaussian(model).std() < 1.5
     for name, value in state.items():
         if "norm" in name and name != "neck.layer_norm2.bias":

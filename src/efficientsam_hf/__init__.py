@@ -12,6 +12,8 @@ from .models import (
     EfficientSamProcessor,
     EfficientSamVisionConfig,
     EfficientSamVisionModel,
+    SamiConfig,
+    SamiForPreTraining,
     register_auto_classes,
 )
 
@@ -37,6 +39,8 @@ __all__ = [
     "EfficientSamProcessor",
     "EfficientSamVisionConfig",
     "EfficientSamVisionModel",
+    "SamiConfig",
+    "SamiForPreTraining",
     "__version__",
     "default_checkpoint",
 ]

@@ -6,15 +6,17 @@ N = h * w image tokens, where h and w are the input's height and width divided b
 pixels: x to the right, y down, in the frame of `pixel_values`, the centre of the first pixel at (0, 0).
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModelForPreTraining
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
@@ -443,6 +445,30 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.vision_encoder.get_input_embeddings()
+
+    @classmethod
+    def from_sami(
+        cls, source: str | os.PathLike | PreTrainedModel, config: EfficientSamConfig | None = None, **kwargs
+    ) -> "EfficientSamModel":
+        """Begin from a pretrained encoder; neck, prompt encoder and mask decoder are new.
+
+        `source` is a [`SamiForPreTraining`], or what its `from_pretrained` takes with `kwargs`. Without `config` the
+        encoder is that of the source at 1024 pixels. Every weight of the encoder is taken; ValueError if those of the
+        source are not exactly the ones that `config` describes.
+        """
+        if not isinstance(source, PreTrainedModel):
+            source = AutoModelForPreTraining.from_pretrained(source, **kwargs)
+        if getattr(source.config, "model_type", None) != "sami":
+            raise ValueError(f"source is a {type(source).__name__}, expected a SamiForPreTraining")
+        if config is None:
+            vision = {**source.config.vision_config.to_dict(), "image_size": 1024, "output_channels": 256}
+            config = EfficientSamConfig(vision_config=vision)
+        model = cls(config)
+        try:
+            model.vision_encoder.load_state_dict(source.vision_encoder.state_dict())
+        except RuntimeError as error:
+            raise ValueError(f"the encoder of source does not fit config.vision_config: {error}") from error
+        return model
 
     def get_image_embeddings(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """Encode images once for any number of prompts: (B, 3, H, W) -> (B, 256, H / 16, W / 16).

@@ -257,20 +257,21 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
         elif isinstance(module, EfficientSamPositionalEncoding):
             init.normal_(module.gaussian_matrix)
         elif isinstance(module, EfficientSamVisionEmbeddings):
-            table = sine_cosine_table(module.pretrain_grid, module.position_embeddings.shape[-1])
+            table = sine_cosine_table(module.pretrain_grid, module.pretrain_grid, module.position_embeddings.shape[-1])
             init.copy_(module.position_embeddings, F.pad(table, (0, 0, 1, 0)).unsqueeze(0))
 
 
-def sine_cosine_table(grid: int, width: int) -> torch.Tensor:
-    """Positions that a fresh table starts from (MAE, section 3): -> (grid * grid, width), float32, row by row."""
-    quarter = width // 4
+def sine_cosine_table(height: int, width: int, channels: int) -> torch.Tensor:
+    """Sines and cosines of the places in a grid (MAE, section 3): -> (height * width, channels), float32, row by row.
+
+    x is in the first half of the channels, y in the second; what is left of four equal parts is zero.
+    """
+    quarter = channels // 4
     frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float32) / quarter)
-    angles = torch.arange(grid, dtype=torch.float32)[:, None] * frequencies
+    angles = torch.arange(max(height, width), dtype=torch.float32)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
-    table = torch.cat(
-        [line[None].expand(grid, grid, -1), line[:, None].expand(grid, grid, -1)], dim=-1
-    )  # x in the first half, y in the second
-    return F.pad(table.flatten(0, 1), (0, width - 4 * quarter))
+    x, y = line[None, :width].expand(height, -1, -1), line[:height, None].expand(-1, width, -1)
+    return F.pad(torch.cat([x, y], dim=-1).flatten(0, 1), (0, channels - 4 * quarter))
 
 
 class EfficientSamVisionEncoder(EfficientSamPreTrainedModel):
