@@ -240,6 +240,10 @@ class SamiForPreTraining(EfficientSamPreTrainedModel):
         loss = None if target is None else self.reconstruction_loss(reconstruction, target, mask)
         return SamiForPreTrainingOutput(loss=loss, reconstruction=reconstruction, mask=mask, ids_restore=ids_restore)
 
+    def encode(self, pixel_values: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
+        """Features of whole images, nothing hidden: (B, 3, H, W) -> (B, 1 + N, D), the CLS token first."""
+        return self._encode(self.vision_encoder.embeddings(pixel_values), **kwargs)
+
     def _encode(self, visible: torch.Tensor, **kwargs: Unpack[TransformersKwargs]) -> torch.Tensor:
         """(B, V, D) with positions -> (B, 1 + V, D), the CLS token first."""
         cls_position = self.vision_encoder.embeddings.position_embeddings[:, :1]
