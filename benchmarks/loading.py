@@ -22,9 +22,9 @@ from efficientsam_hf.data.sa1b import Sa1bFolder, find_tars, read_row, stream_ta
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 from efficientsam_hf.training.arguments import FinetuneArguments
 from efficientsam_hf.training.attention import use_matrix_products
-from efficientsam_hf.training.mask_batches import MaskBatches
+from efficientsam_hf.training.mask_preparation import MaskPreparation
 from efficientsam_hf.training.optimizers import make_optimizers
-from efficientsam_hf.training.preparation import Preparation
+from efficientsam_hf.training.sample_batches import SampleBatches
 from efficientsam_hf.training.scene_batches import scene_samples
 from efficientsam_hf.training.schedule import Stage
 from efficientsam_hf.training.segmentation import InteractiveSegmentation
@@ -60,7 +60,7 @@ def write_pictures(args: argparse.Namespace, folder: Path) -> None:
                 archive.add(loose / f"{name}.{kind}", arcname=f"{name}.{kind}")
 
 
-def seconds_per_epoch(batches: MaskBatches | StreamBatches, args: argparse.Namespace) -> float:
+def seconds_per_epoch(batches: SampleBatches | StreamBatches, args: argparse.Namespace) -> float:
     """Seconds to make as many batches as hold all pictures."""
     start = time.perf_counter()
     source = batches(0, Stage(0.0, args.image_size, args.batch_size))
@@ -69,7 +69,7 @@ def seconds_per_epoch(batches: MaskBatches | StreamBatches, args: argparse.Names
     return time.perf_counter() - start
 
 
-def seconds_per_step(batches: MaskBatches, args: argparse.Namespace) -> float:
+def seconds_per_step(batches: SampleBatches, args: argparse.Namespace) -> float:
     """Median seconds of forward, backward and optimiser, after one step for warming up."""
     model = EfficientSamModel(EfficientSamConfig.from_preset("ti", vision_config={"image_size": args.image_size}))
     if args.device == "cpu":
@@ -100,11 +100,13 @@ def memory() -> float:
 
 def main() -> None:
     args = parse_arguments()
-    preparation = Preparation(EfficientSamImageProcessor(size=args.image_size, antialias=True), objects=args.objects)
+    preparation = MaskPreparation(
+        EfficientSamImageProcessor(size=args.image_size, antialias=True), objects=args.objects
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pictures(args, folder)
-        loose = MaskBatches(Sa1bFolder(folder / "loose"), preparation, workers=args.workers)
+        loose = SampleBatches(Sa1bFolder(folder / "loose"), preparation, workers=args.workers)
         tars = StreamBatches(stream_tars(find_tars(folder / "tars")), read_row, preparation, workers=args.workers)
         times: dict[str, list[float]] = {"loose files": [], "tar": []}
         peaks = []

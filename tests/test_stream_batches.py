@@ -11,7 +11,7 @@ from PIL import Image
 
 from efficientsam_hf import EfficientSamImageProcessor
 from efficientsam_hf.data.augmentation import Augmentation
-from efficientsam_hf.training.preparation import Preparation
+from efficientsam_hf.training.mask_preparation import MaskPreparation
 from efficientsam_hf.training.schedule import Stage
 from efficientsam_hf.training.stream_batches import StreamBatches
 
@@ -38,7 +38,7 @@ def read(row: dict[str, Any]) -> dict[str, Any]:
 def make(tones: list, augmentation: Augmentation | None = None, **options: Any) -> StreamBatches:
     processor = EfficientSamImageProcessor(size=32, do_normalize=False, antialias=True)
     stream = datasets.IterableDataset.from_generator(rows, gen_kwargs={"tones": tones})
-    preparation = Preparation(processor, objects=2, augmentation=augmentation or Augmentation())
+    preparation = MaskPreparation(processor, objects=2, augmentation=augmentation or Augmentation())
     return StreamBatches(stream, read, preparation, **{"shuffle_buffer": 4, **options})
 
 

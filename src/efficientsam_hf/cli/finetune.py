@@ -175,13 +175,13 @@ def _annotated_batches(
     from accelerate import PartialState
     from torch.utils.data import Subset
 
-    from ..training.mask_batches import MaskBatches
-    from ..training.preparation import Preparation
+    from ..training.mask_preparation import MaskPreparation
+    from ..training.sample_batches import SampleBatches
     from ..training.stream_batches import StreamBatches
 
     state = PartialState(cpu=arguments.cpu)
     common = {
-        "preparation": Preparation(
+        "preparation": MaskPreparation(
             image_processor=processor.image_processor,
             objects=arguments.objects_per_image,
             min_area=arguments.min_object_area,
@@ -197,7 +197,7 @@ def _annotated_batches(
         return StreamBatches(stream, read, shuffle_buffer=arguments.shuffle_buffer, **common)
     if arguments.train_limit is not None:
         samples = Subset(samples, range(min(arguments.train_limit, len(samples))))
-    return MaskBatches(samples, **common)
+    return SampleBatches(samples, **common)
 
 
 def _scene_samples(arguments: Any) -> list[dict[str, Any]]:

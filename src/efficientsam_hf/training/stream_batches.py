@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotated pictures that can only be read one after the other, as training batches."""
+"""Pictures that can only be read one after the other, as training batches."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,9 +10,8 @@ import numpy as np
 import torch
 
 from ..data.scenes import scene_seed
-from .mask_batches import MOST_SKIPPED
 from .numbered_batches import ordered_batches
-from .preparation import Preparation
+from .sample_batches import MOST_SKIPPED, stack_rows
 from .schedule import Stage
 
 
@@ -21,10 +20,10 @@ class StreamBatches:
     """Batches of a `datasets.IterableDataset` for one of `processes` processes.
 
     `read(row)` makes a sample as `preparation` takes it, or raises ValueError or OSError: such a row is padding in its
-    batch (an image of zeros without objects) and is handed to `report(number of the row, reason)`. Each epoch is
-    shuffled anew within a buffer of `shuffle_buffer` rows. Shards (tars, files) are split between the processes; with
-    fewer shards than processes each process reads everything and keeps its part. Rows are read in this process,
-    `workers` processes make samples of them, and their number changes nothing.
+    batch (`preparation.padding(side)`: an image of zeros) and is handed to `report(number of the row, reason)`. Each
+    epoch is shuffled anew within a buffer of `shuffle_buffer` rows. Shards (tars, files) are split between the
+    processes; with fewer shards than processes each process reads everything and keeps its part. Rows are read in this
+    process, `workers` processes make samples of them, and their number changes nothing.
 
     A stream has no places to go to: to begin with batch `start`, all rows before it are read once more, though not
     decoded. That is what a resumed run and a new stage cost.
@@ -34,7 +33,7 @@ class StreamBatches:
 
     dataset: Any
     read: Callable[[dict[str, Any]], dict[str, Any]]
-    preparation: Preparation
+    preparation: Any
     seed: int = 0
     shuffle_buffer: int = 256
     rank: int = 0
@@ -50,11 +49,11 @@ class StreamBatches:
         items = ((number, list(islice(rows, stage.batch_size))) for number in count(start))
         unusable = 0
         for batch in ordered_batches(make, items, self.workers):
-            for row, reason in batch.pop("skipped"):
+            skipped = batch.pop("skipped")
+            for row, reason in skipped:
                 if self.report is not None:
                     self.report(row, reason)
-            usable = batch["object_mask"].any(1)
-            unusable = 0 if usable.any() else unusable + len(usable)
+            unusable = unusable + stage.batch_size if len(skipped) == stage.batch_size else 0
             if unusable >= MOST_SKIPPED:
                 raise ValueError(f"none of {unusable} rows in a row could be used; row {row}: {reason}")
             yield batch
@@ -83,7 +82,7 @@ class _MakeBatch:
     """(number of the batch, its rows) -> the batch."""
 
     read: Callable[[dict[str, Any]], dict[str, Any]]
-    preparation: Preparation
+    preparation: Any
     size: int
     seed: int
 
@@ -98,6 +97,4 @@ class _MakeBatch:
             except (ValueError, OSError) as error:
                 skipped.append((position, str(error)))
                 samples.append(self.preparation.padding(self.size))
-        pixels, masks, real = (torch.stack(parts) for parts in zip(*samples))
-        seed = torch.tensor(scene_seed(self.seed, number))
-        return {"pixel_values": pixels, "masks": masks, "object_mask": real, "seed": seed, "skipped": skipped}
+        return {**stack_rows(samples), "seed": torch.tensor(scene_seed(self.seed, number)), "skipped": skipped}

@@ -8,8 +8,8 @@ from PIL import Image
 
 from efficientsam_hf import EfficientSamImageProcessor
 from efficientsam_hf.data.augmentation import Augmentation
-from efficientsam_hf.training.mask_batches import MaskBatches
-from efficientsam_hf.training.preparation import Preparation, stretch_masks
+from efficientsam_hf.training.mask_preparation import MaskPreparation, stretch_masks
+from efficientsam_hf.training.sample_batches import SampleBatches
 from efficientsam_hf.training.schedule import Stage
 
 
@@ -39,10 +39,10 @@ class Damaged(list):
         return super().__getitem__(index)
 
 
-def make(samples, **options) -> MaskBatches:
+def make(samples, **options) -> SampleBatches:
     processor = EfficientSamImageProcessor(size=32, do_normalize=False, antialias=True)
     own = {name: options.pop(name) for name in ("objects", "min_area", "augmentation") if name in options}
-    return MaskBatches(samples, Preparation(processor, **{"objects": 3, **own}), **options)
+    return SampleBatches(samples, MaskPreparation(processor, **{"objects": 3, **own}), **options)
 
 
 def tones(batch) -> list[int]:

@@ -13,7 +13,7 @@ from .losses import binary_targets
 
 
 @dataclass(frozen=True)
-class Preparation:
+class MaskPreparation:
     """Draws objects of an annotated picture, changes both at random, and stretches them to a square.
 
     A sample is {"image": RGB PIL image, "masks": (N, H, W) bool array, "image_id" (optional)}. Pictures and masks are
@@ -27,9 +27,7 @@ class Preparation:
     max_area: float = 0.9
     augmentation: Augmentation = field(default_factory=Augmentation)
 
-    def __call__(
-        self, sample: dict[str, Any], size: int, generator: np.random.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def __call__(self, sample: dict[str, Any], size: int, generator: np.random.Generator) -> dict[str, torch.Tensor]:
         """pixel_values (3, S, S), masks (Q, S, S) bool, object_mask (Q), padded at the end to Q = `objects`.
 
         Raises ValueError if the masks do not fit their picture, or if it holds no object to train on.
@@ -44,12 +42,15 @@ class Preparation:
         pixels = self.image_processor(images=image, size=size, return_tensors="pt")["pixel_values"][0]
         missing = self.objects - len(stretched)
         real = torch.arange(self.objects) < len(stretched)
-        return pixels, F.pad(stretched, (0, 0, 0, 0, 0, missing)), real
+        return {"pixel_values": pixels, "masks": F.pad(stretched, (0, 0, 0, 0, 0, missing)), "object_mask": real}
 
-    def padding(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def padding(self, size: int) -> dict[str, torch.Tensor]:
         """What stands in a batch for a picture that cannot be used: zeros, and no object."""
-        masks = torch.zeros(self.objects, size, size, dtype=torch.bool)
-        return torch.zeros(3, size, size), masks, torch.zeros(self.objects, dtype=torch.bool)
+        return {
+            "pixel_values": torch.zeros(3, size, size),
+            "masks": torch.zeros(self.objects, size, size, dtype=torch.bool),
+            "object_mask": torch.zeros(self.objects, dtype=torch.bool),
+        }
 
     def _check(self, sample: dict[str, Any]) -> None:
         image, masks = sample["image"], sample["masks"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Annotated pictures that can be read in any order, as training batches."""
+"""Pictures that can be read in any order, as training batches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,20 +11,22 @@ import torch
 
 from ..data.scenes import scene_seed
 from .numbered_batches import numbered_batches
-from .preparation import Preparation
 from .schedule import Stage
 
 
+# (sample, side in pixels, generator) -> its tensors by name; ValueError or OSError for one that cannot be used.
+Preparation = Callable[[dict[str, Any], int, np.random.Generator], dict[str, torch.Tensor]]
 MOST_SKIPPED = 100  # unusable samples in a row after which there is no point in going on
 
 
 @dataclass
-class MaskBatches:
-    """Batches of annotated pictures for one of `processes` processes; batch i depends on the fields and i alone.
+class SampleBatches:
+    """Batches of pictures for one of `processes` processes; batch i depends on the fields and i alone.
 
-    `samples[i]` is what `preparation` takes. Every epoch goes through all samples in an order of its own; a new stage
-    begins a new one. A sample that cannot be read, or without an object to train on, is replaced by the next one and
-    handed to `report(index, reason)`, once for each index.
+    `samples[i]` is what `preparation` takes, and its tensors are stacked under the names it gives them. Every epoch
+    goes through all samples in an order of its own; a new stage begins a new one. A sample that cannot be read, or
+    without an object to train on, is replaced by the next one and handed to `report(index, reason)`, once for each
+    index.
 
     Raises ValueError if no sample of the last 100 (or of all, if they are fewer) could be used.
     """
@@ -49,19 +51,18 @@ class MaskBatches:
             yield batch
 
     def batch(self, number: int, stage: Stage) -> dict[str, Any]:
-        """Batch `number`: pixel_values (B, 3, H, W), masks (B, Q, H, W), object_mask (B, Q), seed (), skipped."""
+        """Batch `number`: what `preparation` gives, with B in front, seed (), and skipped, a list."""
         seed = scene_seed(self.seed, round(stage.start * 1e6))  # a stage has an order and changes of its own
         first = (number * self.processes + self.rank) * stage.batch_size
         skipped: list[tuple[int, str]] = []
         rows = [
             self._row(seed, position, stage.image_size, skipped) for position in range(first, first + stage.batch_size)
         ]
-        pixels, masks, real = (torch.stack(parts) for parts in zip(*rows))
-        prompts = torch.tensor(scene_seed(seed, number * self.processes + self.rank))
-        return {"pixel_values": pixels, "masks": masks, "object_mask": real, "seed": prompts, "skipped": skipped}
+        drawn = torch.tensor(scene_seed(seed, number * self.processes + self.rank))
+        return {**stack_rows(rows), "seed": drawn, "skipped": skipped}
 
-    def _row(self, seed: int, position: int, size: int, skipped: list[tuple[int, str]]) -> tuple[torch.Tensor, ...]:
-        """pixel_values (3, H, W), masks (Q, H, W), object_mask (Q) of the sample at a place of the stage's order.
+    def _row(self, seed: int, position: int, size: int, skipped: list[tuple[int, str]]) -> dict[str, torch.Tensor]:
+        """Tensors of the sample at a place of the stage's order.
 
         Samples after it in that order stand in for one that cannot be used.
         """
@@ -77,6 +78,11 @@ class MaskBatches:
         raise ValueError(
             f"none of {most} training samples in a row could be used; sample {skipped[-1][0]}: {skipped[-1][1]}"
         )
+
+
+def stack_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Tensors of several samples as those of a batch."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 @lru_cache(maxsize=2)
