@@ -20,8 +20,8 @@ import torch
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel
 from efficientsam_hf.data.sa1b import Sa1bFolder, find_tars, read_row, stream_tars
 from efficientsam_hf.models.rle_efficientsam import encode_rle
-from efficientsam_hf.training.arguments import FinetuneArguments
 from efficientsam_hf.training.attention import use_matrix_products
+from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.mask_preparation import MaskPreparation
 from efficientsam_hf.training.optimizers import make_optimizers
 from efficientsam_hf.training.sample_batches import SampleBatches

@@ -12,8 +12,8 @@ import time
 import torch
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamModel
-from efficientsam_hf.training.arguments import FinetuneArguments
 from efficientsam_hf.training.attention import use_matrix_products
+from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.optimizers import make_optimizers
 from efficientsam_hf.training.segmentation import InteractiveSegmentation, PromptSampling
 

@@ -29,7 +29,7 @@ from efficientsam_hf.cli import main
 from efficientsam_hf.files import write_folder, write_json
 from efficientsam_hf.hub import export_run, read_run, shorten_command, shorten_paths
 from efficientsam_hf.models.rle_efficientsam import encode_rle
-from efficientsam_hf.training.arguments import FinetuneArguments
+from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.run_folder import RunLog, open_run
 from efficientsam_hf.training.segmentation import InteractiveSegmentation
 

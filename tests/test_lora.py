@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamModel
-from efficientsam_hf.training.arguments import FinetuneArguments
+from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.lora import add_adapters, merged_state_dict
 from efficientsam_hf.training.segmentation import InteractiveSegmentation
 

@@ -18,13 +18,13 @@ from torch import nn
 
 from efficientsam_hf.training.arguments import (
     RECIPES,
-    FinetuneArguments,
     TrainerArguments,
     build_arguments,
     read_recipe,
 )
 from efficientsam_hf.training.checkpoints import list_checkpoints
 from efficientsam_hf.training.ema import WeightAverage
+from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.run_folder import open_run
 from efficientsam_hf.training.schedule import (
     Due,
@@ -472,10 +472,10 @@ def test_bad_arguments_are_named(tmp_path, changes, message) -> None:
 
 
 def test_recipes_are_valid_and_flags_win() -> None:
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+    names = sorted(path.stem for path in (RECIPES / "finetune").glob("*.yaml"))
     assert {"smoke", "scenes_cpu", "scenes_gpu", "sa1b_ti", "sa1b_s"} <= set(names)
     for name in names:
-        recipe = read_recipe(name)
+        recipe = read_recipe(name, "finetune")
         data = {} if recipe.get("train_scenes") else {"train_sa1b": str(RECIPES)}
         arguments = build_arguments(FinetuneArguments, recipe, {"output_dir": "x", "learning_rate": 0.5, **data})
         assert arguments.learning_rate == 0.5
@@ -503,10 +503,10 @@ def test_recipe_values_are_read_as_their_fields_type() -> None:
 
 def test_unknown_recipe_lists_the_known(tmp_path) -> None:
     with pytest.raises(ValueError, match="smoke"):
-        read_recipe("smoek")
+        read_recipe("smoek", "finetune")
     (tmp_path / "list.yaml").write_text("- 1")
     with pytest.raises(ValueError, match="mapping"):
-        read_recipe(str(tmp_path / "list.yaml"))
+        read_recipe(str(tmp_path / "list.yaml"), "finetune")
 
 
 def test_transformers_parser_reads_the_arguments() -> None:

@@ -2,11 +2,12 @@
 """`efficientsam finetune`: train a model on masks, from a preset or from a checkpoint."""
 
 import argparse
-import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from .running import add_fields, run_training, trainer_class
 
 
 DESCRIPTION = """\
@@ -17,7 +18,6 @@ OUTPUT_DIR/model, a folder for from_pretrained with the averaged weights.
   efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --eval-annotations A.json --eval-images DIR
   efficientsam finetune --train-annotations A.json --train-images DIR --max-steps 1000 --output-dir runs/mine
   efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --resume"""
-STOPPED = 128  # plus the signal's number: the exit code of a run that a signal ended
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -28,37 +28,24 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--recipe", metavar="NAME|FILE", help="recipe of the package or a YAML file")
-    from ..training.arguments import FinetuneArguments, add_flags
+    from ..training.finetune_arguments import FinetuneArguments
 
-    add_flags(parser.add_argument_group("fields of a recipe"), FinetuneArguments)
+    add_fields(parser, FinetuneArguments)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train and say where the result is."""
-    from ..training.arguments import FinetuneArguments, build_arguments, read_recipe
+    from ..training.finetune_arguments import FinetuneArguments
 
-    recipe = read_recipe(args.recipe) if args.recipe else {}
-    names = FinetuneArguments.__dataclass_fields__
-    flags = {name: value for name, value in vars(args).items() if name in names}
-    arguments = build_arguments(FinetuneArguments, recipe, flags)
-    summary = finetune(arguments)
-    print(
-        f"{summary['steps']} steps, {summary['images']} images in {summary['minutes']:.1f} minutes "
-        f"({summary['images_per_s']:.1f} images/s); model: {Path(arguments.output_dir) / 'model'}"
-    )
-    return 0 if summary["interrupted"] is None else STOPPED + signal.Signals[summary["interrupted"]]
+    return run_training(args, "finetune", FinetuneArguments, finetune)
 
 
 def finetune(arguments: Any) -> dict[str, Any]:
     """Put model, data, evaluation and trainer of a `FinetuneArguments` together and train; returns the summary."""
     import torch
 
-    try:
-        from ..training.trainer import Trainer
-    except ModuleNotFoundError as error:
-        raise ImportError(f"training needs {error.name}: pip install 'efficientsam-hf[train]'") from error
+    Trainer = trainer_class()
     from transformers.utils.logging import disable_progress_bar
 
     from ..training.run_folder import RunLog

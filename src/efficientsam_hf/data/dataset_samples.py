@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any data set of the `datasets` library with a column of pictures and one of masks."""
+"""Any data set of the `datasets` library with a column of pictures, and one of masks where they are needed."""
 
 import io
 from pathlib import Path
@@ -16,15 +16,14 @@ class DatasetSamples:
     """Rows of a `datasets.Dataset` as {"image": RGB PIL image, "masks": (N, H, W) bool array, "image_id": row number}.
 
     A row's masks are one of: a label picture (each value above 0 is an object); a list of mask pictures (every pixel
-    above 0 belongs to the object); a list of COCO RLE dictionaries; nested lists of numbers (N, H, W).
+    above 0 belongs to the object); a list of COCO RLE dictionaries; nested lists of numbers (N, H, W). With
+    `masks_column` None there are pictures alone.
 
     Raises `ValueError` on construction if a column is missing, and on access if a row's masks are none of these.
     """
 
-    def __init__(self, dataset: Any, image_column: str = "image", masks_column: str = "masks") -> None:
-        for argument, name in (("image_column", image_column), ("masks_column", masks_column)):
-            if name not in dataset.column_names:
-                raise ValueError(f"{argument}: no column {name!r}, there are {', '.join(dataset.column_names)}")
+    def __init__(self, dataset: Any, image_column: str = "image", masks_column: str | None = "masks") -> None:
+        _check_columns(dataset.column_names, image_column, masks_column)
         if not len(dataset):
             raise ValueError("the data set has no rows")
         self.dataset = dataset
@@ -39,12 +38,20 @@ class DatasetSamples:
         return {**read_row(self.dataset[index], self.image_column, self.masks_column), "image_id": index}
 
 
-def read_row(row: dict[str, Any], image_column: str = "image", masks_column: str = "masks") -> dict[str, Any]:
+def _check_columns(known: Any, image_column: str, masks_column: str | None) -> None:
+    for argument, name in (("image_column", image_column), ("masks_column", masks_column)):
+        if name is not None and name not in known:
+            raise ValueError(f"{argument}: no column {name!r}, there are {', '.join(known)}")
+
+
+def read_row(row: dict[str, Any], image_column: str = "image", masks_column: str | None = "masks") -> dict[str, Any]:
     """The sample of a row, {"image", "masks"}; `ValueError` or `OSError` if it is damaged or of no known form."""
     for column in (image_column, masks_column):
-        if row.get(column) is None:
+        if column is not None and row.get(column) is None:
             raise ValueError(f"column {column!r} is missing or empty, there are {', '.join(row)}")
     image = open_image(_picture(row[image_column]), image_column)
+    if masks_column is None:
+        return {"image": image}
     try:
         masks = read_masks(row[masks_column])
     except (ValueError, OSError) as error:
@@ -104,7 +111,7 @@ def _read_mask(entry: Any) -> np.ndarray:
 
 
 def load_samples(
-    name: str, split: str = "train", image_column: str = "image", masks_column: str = "masks"
+    name: str, split: str = "train", image_column: str = "image", masks_column: str | None = "masks"
 ) -> DatasetSamples:
     """Samples of a folder that `save_to_disk` wrote, or of whatever `datasets.load_dataset` finds under the name.
 
@@ -123,16 +130,16 @@ def load_samples(
     return DatasetSamples(found, image_column, masks_column)
 
 
-def load_stream(name: str, split: str = "train", image_column: str = "image", masks_column: str = "masks") -> Any:
+def load_stream(
+    name: str, split: str = "train", image_column: str = "image", masks_column: str | None = "masks"
+) -> Any:
     """What `datasets.load_dataset` finds as an `IterableDataset` of undecoded rows for `read_row`, not stored.
 
     Raises `ImportError` without the `datasets` library, and `ValueError` for a column that is not there.
     """
     stream = _load(name, split, streaming=True)
-    features = stream.features or {}
-    for argument, column in (("image_column", image_column), ("masks_column", masks_column)):
-        if features and column not in features:
-            raise ValueError(f"{argument}: no column {column!r}, there are {', '.join(features)}")
+    if stream.features:
+        _check_columns(stream.features, image_column, masks_column)
     return stream.decode(False)  # a damaged picture would end the stream if it were decoded in there
 
 

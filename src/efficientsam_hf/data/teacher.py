@@ -36,6 +36,10 @@ class Teacher:
     width: int
     revision: str | None = None
 
+    def __deepcopy__(self, memo: dict) -> "Teacher":
+        """Nothing changes a teacher, so copies of what holds one share it."""
+        return self
+
     @torch.no_grad()
     def features(self, images: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Patch features at a student's grid: (B, 3, R, R) RGB in [0, 1] -> (B, h * w, C) float32, row by row.

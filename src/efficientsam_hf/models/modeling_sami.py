@@ -184,11 +184,21 @@ class SamiForPreTraining(EfficientSamPreTrainedModel):
         super().__init__(config)
         vision = config.vision_config
         self.vision_encoder = EfficientSamVisionEncoder(vision)
-        self.vision_encoder.embeddings.position_embeddings.requires_grad_(config.learn_positions)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, vision.hidden_size))
         self.norm = nn.LayerNorm(vision.hidden_size, eps=vision.layer_norm_eps)
         self.decoder = SamiDecoder(config)
         self.post_init()
+        self._choose_positions()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As every model's, and a position table that is not learned stays so: loading makes all parameters new."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded)._choose_positions()
+        return loaded
+
+    def _choose_positions(self) -> None:
+        self.vision_encoder.embeddings.position_embeddings.requires_grad_(self.config.learn_positions)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

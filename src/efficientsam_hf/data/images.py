@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures without annotations, to pretrain on: in folders, or in tars that are streamed."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..models.image_processing_efficientsam import open_image
+
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+
+class ImageFolder:
+    """Pictures of a folder and its subfolders, in the order of their paths; nothing is read before access.
+
+    Item i is {"image": RGB `PIL.Image`, "image_id": the path below the folder}. Raises `FileNotFoundError` on
+    construction if the folder is missing and `ValueError` if it holds no picture; on access `ValueError` or `OSError`
+    if one is damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise FileNotFoundError(f"image folder {self.folder} does not exist or is not a folder")
+        self._files = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in ENDINGS)
+        if not self._files:
+            raise ValueError(f"image folder {self.folder} holds no pictures ({', '.join(ENDINGS)}) and no tars")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path = self._files[index]
+        return {"image": open_image(path), "image_id": path.relative_to(self.folder).as_posix()}
+
+
+def stream_tars(tars: list[Path]) -> Any:
+    """A `datasets.IterableDataset` of rows for `read_row`: the pictures of tars, unpacked nowhere, each tar a shard.
+
+    Raises `ImportError` without the `datasets` library.
+    """
+    try:
+        from datasets import IterableDataset
+    except ImportError as error:
+        raise ImportError("tars are streamed by datasets: pip install 'efficientsam-hf[train]'") from error
+    return IterableDataset.from_generator(_read_tars, gen_kwargs={"tars": [str(path) for path in tars]})
+
+
+def read_row(row: dict[str, Any]) -> dict[str, Any]:
+    """The sample of a row of `stream_tars`; `ValueError` if it is damaged."""
+    if row["problem"]:
+        raise ValueError(row["problem"])
+    return {"image": open_image(io.BytesIO(row["picture"]), row["name"]), "image_id": row["name"]}
+
+
+def _read_tars(tars: list[str]) -> Iterator[dict[str, Any]]:
+    """Rows {"name", "picture": bytes, "problem": what is wrong or ""}."""
+    for path in tars:
+        try:
+            with tarfile.open(path, "r|*") as archive:
+                for member in archive:
+                    if member.isfile() and Path(member.name).suffix.lower() in ENDINGS:
+                        picture = archive.extractfile(member).read()
+                        yield {"name": member.name.removeprefix("./"), "picture": picture, "problem": ""}
+        except (OSError, tarfile.TarError) as error:
+            yield {"name": path, "picture": b"", "problem": f"{path} is damaged: {error}"}

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments of a finetuning run."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from ..data.augmentation import Augmentation
+from .arguments import PictureArguments, option
+from .segmentation import PARTS, PromptSampling
+
+
+LOSS_WEIGHTS = ("focal_weight", "dice_weight", "iou_weight", "single_weight")
+
+
+@dataclass
+class FinetuneArguments(PictureArguments):
+    """A run of promptable segmentation: the loop's arguments, the model, the data, the prompts and the losses."""
+
+    model: str = option("default", "Preset to train from scratch (ti, s, b), `default`, or a folder or Hub id.")
+    model_overrides: str = option(
+        "{}", 'Changes to the config of a preset, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}".'
+    )
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass: less memory, a third more time."
+    )
+    freeze: str = option("", "Parts that are not trained, separated by commas: encoder, prompt_encoder, mask_decoder.")
+    lora_rank: int = option(0, "Rank of adapters that are trained instead of the weights of lora_parts; 0 for none.")
+    lora_alpha: float = option(16.0, "Adapters are scaled by lora_alpha / lora_rank.")
+    lora_parts: str = option("encoder,mask_decoder", "Parts that get adapters, as in freeze.")
+    train_annotations: str | None = option(None, "COCO instances json to train on.")
+    train_images: str | None = option(None, "Image folder of train_annotations.")
+    train_sa1b: str | None = option(
+        None,
+        "Folder in the layout of SA-1B to train on: NAME.jpg beside NAME.json, loose, or in tars that are streamed.",
+    )
+    masks_column: str = option(
+        "masks", "Column of train_dataset with a label picture, a list of mask pictures, or a list of RLE masks."
+    )
+    min_scale: float = option(1.0, "Smallest scale of large-scale jitter of annotated pictures; below 1 they shrink.")
+    max_scale: float = option(1.0, "Largest scale of large-scale jitter; above 1 a part of the picture is taken.")
+    evaluate_scenes: int = option(0, "Held-out scenes (of another seed) in each evaluation.")
+    eval_annotations: str | None = option(None, "COCO instances json to evaluate on.")
+    eval_images: str | None = option(None, "Image folder of eval_annotations.")
+    eval_limit: int | None = option(None, "Evaluate on the first so many images of eval_annotations only.")
+    objects_per_image: int = option(8, "Objects prompted per image.")
+    min_object_area: float = option(0.0005, "Objects smaller than this fraction of the image are not trained.")
+    max_object_area: float = option(0.9, "Objects larger than this fraction of the image are not trained (SAM: 0.9).")
+    prompt_rounds: int = option(2, "Prompt rounds per forward: the first prompt, then corrections.")
+    corrected_objects: int | None = option(None, "Objects per image that get the correction rounds; default all.")
+    uniform_prompts: float = option(0.35, "Weight of a uniform click as first prompt.")
+    center_prompts: float = option(0.25, "Weight of a centre click as first prompt.")
+    box_prompts: float = option(0.3, "Weight of a noisy box as first prompt.")
+    box_and_point_prompts: float = option(0.1, "Weight of box and uniform click together as first prompt.")
+    mask_prompts: float = option(0.5, "Probability that a correction also gets the last logits as mask prompt.")
+    box_noise: float = option(0.1, "Standard deviation of a noisy box's edges as a fraction of its side (SAM: 0.1).")
+    exact_boxes: float = option(0.0, "Probability that a box is the tight one, without noise.")
+    focal_weight: float = option(20.0, "Weight of the focal loss.")
+    focal_alpha: float = option(0.25, "Weight of foreground against background in the focal loss (RetinaNet: 0.25).")
+    box_focal_alpha: float | None = option(None, "focal_alpha for objects prompted with a box; default the same.")
+    dice_weight: float = option(1.0, "Weight of the dice loss.")
+    iou_weight: float = option(1.0, "Weight of the squared error of the predicted IoU.")
+    single_weight: float = option(1.0, "Weight of the single-mask token beside the best of three.")
+
+    may_change = PictureArguments.may_change | frozenset(
+        "gradient_checkpointing evaluate_scenes eval_annotations eval_images eval_limit".split()
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._check_data()
+        if not 0 <= self.min_object_area < self.max_object_area <= 1:
+            raise ValueError(
+                f"min_object_area and max_object_area must be fractions in order, got {self.min_object_area} and "
+                f"{self.max_object_area}"
+            )
+        self._check("evaluate_scenes", lambda value: value >= 0, "at least 0")
+        for name in ("objects_per_image", "eval_limit"):
+            self._check(name, lambda value: value is None or value >= 1, "at least 1")
+        for name in LOSS_WEIGHTS:
+            self._check(name, lambda value: value >= 0, "at least 0")
+        for name in ("focal_alpha", "box_focal_alpha"):
+            self._check(name, lambda value: value is None or 0 < value < 1, "between 0 and 1")
+        self._check_parts()
+        if not isinstance(self.overrides(), dict):
+            raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
+        self.sampling()
+
+    def _check_data(self) -> None:
+        for one, other in (("train_annotations", "train_images"), ("eval_annotations", "eval_images")):
+            if bool(getattr(self, one)) != bool(getattr(self, other)):
+                raise ValueError(f"{one} and {other} go together, got only one of them")
+        self.check_source("train_scenes", "train_annotations", "train_sa1b", "train_dataset")
+        for name in ("train_annotations", "train_images", "train_sa1b", "eval_annotations", "eval_images"):
+            path = getattr(self, name)
+            if path and not Path(path).exists():
+                raise ValueError(f"{name}: {path} does not exist")
+        if self.train_scenes or self.evaluate_scenes:
+            self.check_scene_sizes()
+        augmentation = self.augmentation()
+        if self.train_scenes and augmentation != Augmentation():
+            raise ValueError(
+                f"horizontal_flip and the scales are for annotated pictures, got {augmentation} with scenes"
+            )
+
+    def _check_parts(self) -> None:
+        for name in ("freeze", "lora_parts"):
+            if set(self.parts(name)) - set(PARTS):
+                raise ValueError(f"{name} must name some of {', '.join(PARTS)}, got {getattr(self, name)!r}")
+        self._check("lora_rank", lambda value: value >= 0, "at least 0")
+        self._check("lora_alpha", lambda value: value > 0, "greater than 0")
+        if set(self.parts("freeze")) == set(PARTS):
+            raise ValueError(f"freeze leaves nothing to train, got {self.freeze!r}")
+        both = sorted(set(self.parts("freeze")) & set(self.parts("lora_parts"))) if self.lora_rank else []
+        if both:
+            raise ValueError(f"freeze and lora_parts both name {', '.join(both)}")
+
+    def parts(self, name: str) -> list[str]:
+        """The parts of the model that the field `freeze` or `lora_parts` names."""
+        return [part.strip() for part in getattr(self, name).split(",") if part.strip()]
+
+    def augmentation(self) -> Augmentation:
+        """How annotated pictures are changed."""
+        return Augmentation(self.horizontal_flip, self.min_scale, self.max_scale)
+
+    def overrides(self) -> dict:
+        """Changes to a preset's config, part by part."""
+        return yaml.safe_load(self.model_overrides) or {}
+
+    def sampling(self) -> PromptSampling:
+        """How prompts are drawn."""
+        return PromptSampling(
+            uniform=self.uniform_prompts,
+            center=self.center_prompts,
+            box=self.box_prompts,
+            box_and_point=self.box_and_point_prompts,
+            rounds=self.prompt_rounds,
+            corrected_objects=self.corrected_objects,
+            mask_prompts=self.mask_prompts,
+            box_noise=self.box_noise,
+            exact_boxes=self.exact_boxes,
+        )
+
+    def loss_weights(self) -> dict[str, float]:
+        """Weights of the losses by the names `segmentation_losses` gives them."""
+        return {name: getattr(self, name) for name in (*LOSS_WEIGHTS, "focal_alpha")}

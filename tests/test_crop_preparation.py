@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random crops: shape, share and ratio of what is drawn, and that student and teacher see the same part."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from efficientsam_hf.training.crop_preparation import CropPreparation, crop
+from efficientsam_hf.training.normalization import denormalize
+
+
+def ramp(width: int = 80, height: int = 60) -> Image.Image:
+    """Red grows to the right, green downwards."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+    return Image.fromarray(pixels)
+
+
+def test_parts_have_the_asked_shares_and_ratios() -> None:
+    preparation = CropPreparation(min_scale=0.3, max_scale=0.6, flip=0.25)
+    generator = np.random.default_rng(0)
+    boxes, mirrored = zip(*(preparation.draw((400, 300), generator) for _ in range(500)), strict=True)
+    left, top, right, bottom = np.array(boxes).T
+    assert left.min() >= 0 and top.min() >= 0 and right.max() <= 400 and bottom.max() <= 300
+    shares = (right - left) * (bottom - top) / 120000
+    ratios = (right - left) / (bottom - top)
+    assert 0.29 < shares.min() < 0.32 and 0.58 < shares.max() < 0.61
+    assert 0.74 < ratios.min() < 0.8 and 1.25 < ratios.max() < 1.35
+    assert 0.2 < np.mean(mirrored) < 0.3
+
+
+def test_a_picture_that_no_part_fits_gives_its_middle() -> None:
+    preparation = CropPreparation(min_scale=1.0, max_scale=1.0, flip=0.0)
+    assert preparation.draw((300, 30), np.random.default_rng(0)) == ((130, 0, 170, 30), False)
+    assert preparation.draw((30, 300), np.random.default_rng(0)) == ((0, 130, 30, 170), False)
+
+
+def test_student_and_teacher_see_the_same_part() -> None:
+    preparation = CropPreparation(teacher_size=64, flip=1.0)
+    row = preparation({"image": ramp()}, 32, np.random.default_rng(3))
+    assert row["pixel_values"].shape == (3, 32, 32) and row["teacher_images"].shape == (3, 64, 64)
+    student = denormalize(row["pixel_values"][None])[0]
+    smaller = F.interpolate(row["teacher_images"][None], (32, 32), mode="area")[0]
+    torch.testing.assert_close(student, smaller, atol=0.02, rtol=0)
+    assert row["teacher_images"][0, 0, 0] > row["teacher_images"][0, 0, -1]  # mirrored: red falls to the right
+    again = preparation({"image": ramp()}, 32, np.random.default_rng(3))
+    assert torch.equal(again["pixel_values"], row["pixel_values"])
+    other = preparation({"image": ramp()}, 32, np.random.default_rng(4))
+    assert not torch.equal(other["pixel_values"], row["pixel_values"])
+
+
+def test_the_whole_picture_is_only_resized() -> None:
+    whole = crop(ramp(), (0, 0, 80, 60), 16, mirrored=False)
+    expected = np.asarray(ramp().resize((16, 16), Image.Resampling.BICUBIC)) / 255
+    np.testing.assert_allclose(whole.permute(1, 2, 0).numpy(), expected, atol=1e-6)
+
+
+def test_padding_is_the_mean_colour() -> None:
+    row = CropPreparation(teacher_size=16).padding(8)
+    assert row["pixel_values"].abs().max() < 0.02 and row["teacher_images"].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("fields", [{"min_scale": 0.0}, {"min_scale": 0.9, "max_scale": 0.5}, {"flip": 1.5}])
+def test_bad_fields_are_named(fields) -> None:
+    with pytest.raises(ValueError, match="min_scale and max_scale|flip"):
+        CropPreparation(**fields)

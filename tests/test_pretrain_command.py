@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`efficientsam pretrain` through the real command line, with a tiny student."""
+
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from efficientsam_hf import EfficientSamModel, SamiConfig, SamiForPreTraining
+from efficientsam_hf.cli import main
+from efficientsam_hf.training.arguments import RECIPES, build_arguments, read_recipe
+from efficientsam_hf.training.pretrain_arguments import PretrainArguments
+
+
+TRAIN = "pretrain --recipe smoke --batch-size 2 --image-sizes 64 --max-steps 3 --checkpoint-every 1".split()
+MAE = "--no-train-scenes --target pixels --loss-tokens masked --decoder full".split()
+OVERRIDES = "{teacher: null, teacher_resolution: null}"
+
+
+def events(run: Path, name: str) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["event"] == name]
+
+
+def mae_recipe(folder: Path) -> str:
+    """The smoke recipe without its teacher."""
+    text = (RECIPES / "pretrain" / "smoke.yaml").read_text()
+    path = folder / "mae.yaml"
+    path.write_text(re.sub(r"(?m)^teacher.*\n", "", text))
+    return str(path)
+
+
+def write_pictures(folder: Path, count: int) -> Path:
+    generator = np.random.default_rng(0)
+    folder.mkdir(parents=True)
+    for index in range(count):
+        Image.fromarray(generator.integers(0, 256, (50, 70, 3), np.uint8)).save(folder / f"{index}.JPEG")
+    return folder
+
+
+def test_a_student_of_the_shipped_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    command = [*TRAIN, "--teacher-resolution", "64", "--picture-every", "2", "--output-dir", str(run)]
+    assert main(command) == 0
+    assert "3 steps, 6 images" in capsys.readouterr().out
+    (line,) = events(run, "train")
+    assert {"loss", "masked_error", "visible_error", "cosine"} <= set(line)
+    with Image.open(run / "pictures" / "step_000002.png") as picture:
+        assert picture.size == (4 * 64 + 5 * 6, 2 * 64 + 3 * 6)
+    assert not [name for name in (run / "checkpoints").rglob("*") if "teacher" in name.name]
+    assert main([*command, "--resume"]) == 0
+    student = SamiForPreTraining.from_pretrained(run / "model")
+    assert student.config.target_width == 256
+    model = EfficientSamModel.from_sami(run / "model")
+    weight = model.vision_encoder.layers[0].mlp.fc1.weight
+    assert torch.equal(weight, student.vision_encoder.layers[0].mlp.fc1.weight)
+
+
+@pytest.mark.parametrize("form", ["folder", "tars", "dataset", "stream"])
+def test_mae_on_pictures(tmp_path: Path, form: str) -> None:
+    folder = write_pictures(tmp_path / "pictures" / "class", 4)
+    (folder / "2.JPEG").write_bytes(b"damaged")
+    flags = ["--train-images", str(tmp_path / "pictures")]
+    if form == "tars":
+        (tmp_path / "tars").mkdir()
+        with tarfile.open(tmp_path / "tars" / "a.tar", "w") as archive:
+            for path in sorted(folder.iterdir()):
+                archive.add(path, arcname=f"class/{path.name}")
+        flags = ["--train-images", str(tmp_path / "tars")]
+    if form in ("dataset", "stream"):
+        (folder / "2.JPEG").unlink()
+        flags = ["--train-dataset", str(folder), "--stream"] if form == "stream" else ["--train-dataset", str(folder)]
+    run = tmp_path / "run"
+    command = ["pretrain", "--recipe", mae_recipe(tmp_path), *TRAIN[3:], *MAE, *flags, "--output-dir", str(run)]
+    assert main(command) == 0
+    skipped = events(run, "skipped")
+    if form in ("folder", "tars"):
+        assert skipped and "2.JPEG" in skipped[0]["reason"]
+    else:
+        assert not skipped
+    assert SamiForPreTraining.from_pretrained(run / "model").config.target == "pixels"
+
+
+def test_going_on_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"decoder_depth": 2, "decoder_width": 64, "decoder_heads": 4}
+    vision = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64}
+    SamiForPreTraining(SamiConfig(vision_config=vision, **fields)).save_pretrained(tmp_path / "first")
+    go_on = ["--model", str(tmp_path / "first"), "--model-overrides", "{}", "--teacher-resolution", "64"]
+    assert main([*TRAIN, *go_on, "--output-dir", str(tmp_path / "second")]) == 0
+    before, after = (
+        SamiForPreTraining.from_pretrained(path) for path in (tmp_path / "first", tmp_path / "second/model")
+    )
+    still = {n for n, p in after.state_dict().items() if torch.equal(p, before.state_dict()[n])}
+    assert still == {"vision_encoder.embeddings.position_embeddings"}
+    assert main([*TRAIN, *go_on, "--decoder-depth", "3", "--output-dir", str(tmp_path / "third")]) == 2
+    assert "decoder_depth is 2 and not 3" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--teacher-resolution", "100"], "teacher_resolution|resolution is 100, expected a multiple"),
+        (["--teacher-resolution", "80"], "teacher_resolution is 80, expected the image_sizes of scenes"),
+        (["--mask-ratio", "0.99"], "mask_ratio is 0.99"),
+        (["--target", "pixels"], "target is 'pixels', which goes without a teacher"),
+        (["--train-images", "/nowhere"], "got train_scenes and train_images"),
+        (["--no-train-scenes", "--train-images", "/nowhere"], "train_images: /nowhere does not exist"),
+        (["--no-train-scenes"], "got none"),
+        (["--crop-min-scale", "0"], "min_scale and max_scale must be shares"),
+        (["--model", "/nowhere"], "nowhere"),
+        (["--image-sizes", "72"], "image_sizes"),
+    ],
+)
+def test_bad_arguments_end_before_the_run(tmp_path: Path, capsys, flags: list[str], words: str) -> None:
+    assert main([*TRAIN, *flags, "--output-dir", str(tmp_path / "run")]) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_are_valid() -> None:
+    names = sorted(path.stem for path in (RECIPES / "pretrain").glob("*.yaml"))
+    assert {"smoke", "sami_ti", "sami_s", "sami_b", "sami_clip_ti", "mae_ti"} <= set(names)
+    for name in names:
+        recipe = read_recipe(name, "pretrain")
+        data = {} if recipe.get("train_scenes") else {"train_images": str(RECIPES)}
+        arguments = build_arguments(PretrainArguments, recipe, {"output_dir": "x", **data})
+        assert arguments.adam_beta2 == 0.95 and arguments.ema_decay == 0
