@@ -50,11 +50,12 @@ def pretrain(arguments: Any) -> dict[str, Any]:
     from ..training.run_folder import RunLog
 
     disable_progress_bar()  # one for each saved model would break ours into pieces
-    source = _source(arguments)
-    teacher = _teacher(arguments)
+    cache = _cache(arguments)
+    source = _source(arguments, cache)
+    teacher = _teacher(arguments) if cache is None else None
     torch.manual_seed(arguments.seed)
-    model = build_student(arguments, teacher.width if teacher else 0)
-    batches = _batches(arguments, teacher, **source)
+    model = build_student(arguments, cache.index.width if cache else teacher.width if teacher else 0)
+    batches = _batches(arguments, teacher, cache, **source)
     trainer = Trainer(MaskedPretraining(model, teacher), batches, arguments)
     if source:
         log = RunLog(trainer.run / "log.jsonl")  # of every process: each meets other pictures
@@ -103,11 +104,10 @@ def _teacher(arguments: Any) -> Any:
     import torch
     from accelerate import PartialState
 
-    from .. import default_checkpoint
     from ..data.teacher import load_teacher
 
     return load_teacher(
-        default_checkpoint() if arguments.teacher == "default" else arguments.teacher,
+        teacher_name(arguments.teacher),
         resolution=arguments.teacher_resolution,
         revision=arguments.teacher_revision,
         device=PartialState(cpu=arguments.cpu).device,
@@ -115,14 +115,48 @@ def _teacher(arguments: Any) -> Any:
     )
 
 
-def _source(arguments: Any) -> dict[str, Any]:
+def teacher_name(name: Any) -> Any:
+    """The folder behind `default`, anything else as it is."""
+    from .. import default_checkpoint
+
+    return default_checkpoint() if name == "default" else name
+
+
+def _cache(arguments: Any) -> Any:
+    """The cache that is given, checked against the teacher that is named and the student's grid."""
+    if not arguments.train_features:
+        return None
+    from ..data.feature_cache import FeatureCache
+
+    cache = FeatureCache(arguments.train_features)
+    index = cache.index
+    for name, field in (
+        ("teacher", "teacher"),
+        ("revision", "teacher_revision"),
+        ("resolution", "teacher_resolution"),
+    ):
+        wanted, own = getattr(arguments, field), getattr(index, name)
+        if wanted is not None and teacher_name(wanted) != own:
+            raise ValueError(f"{field} is {wanted!r}, but cache {cache.folder} was made with {own!r}")
+    for stage in arguments.stages() if index.crops else ():
+        if index.grid != (stage.image_size // 16, stage.image_size // 16):
+            raise ValueError(
+                f"image_sizes: cache {cache.folder} has features on a grid of {index.grid}, which is not that of "
+                f"{stage.image_size} pixels"
+            )
+    return cache
+
+
+def _source(arguments: Any, cache: Any) -> dict[str, Any]:
     """{"samples"} of stored pictures, {"stream", "read"} of those that come one after the other, {} for scenes."""
     from ..data import dataset_samples, images, sa1b
 
+    if arguments.train_scenes and cache:
+        return {"samples": images.SceneImages(cache.index.images, arguments.seed, arguments.stages()[-1].image_size)}
     if arguments.train_images:
         tars = sa1b.find_tars(arguments.train_images)
-        if tars and arguments.train_limit:
-            raise ValueError("train_limit is for pictures that are stored; tars are streamed")
+        if tars and (arguments.train_limit or cache):
+            raise ValueError("train_limit and train_features are for pictures that are stored; tars are streamed")
         if tars:
             return {"stream": images.stream_tars(tars), "read": images.read_row}
         return {"samples": images.ImageFolder(arguments.train_images)}
@@ -136,10 +170,14 @@ def _source(arguments: Any) -> dict[str, Any]:
     return {}
 
 
-def _batches(arguments: Any, teacher: Any, samples: Any = None, stream: Any = None, read: Any = None) -> Any:
+def _batches(
+    arguments: Any, teacher: Any, cache: Any, samples: Any = None, stream: Any = None, read: Any = None
+) -> Any:
     from accelerate import PartialState
     from torch.utils.data import Subset
 
+    from ..data.feature_cache import CachedSamples
+    from ..training.crop_preparation import CachedCropPreparation
     from ..training.sample_batches import SampleBatches
     from ..training.stream_batches import StreamBatches
 
@@ -157,6 +195,8 @@ def _batches(arguments: Any, teacher: Any, samples: Any = None, stream: Any = No
     if stream is not None:
         buffer = arguments.shuffle_buffer
         return StreamBatches(stream, read, preparation, shuffle_buffer=buffer, **common)
+    if cache:
+        samples, preparation = CachedSamples(samples, cache, preparation.crops), CachedCropPreparation()
     if arguments.train_limit is not None:
         samples = Subset(samples, range(min(arguments.train_limit, len(samples))))
     return SampleBatches(samples, preparation, **common)

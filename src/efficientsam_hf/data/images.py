@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures without annotations, to pretrain on: in folders, or in tars that are streamed."""
+"""Pictures without annotations, to pretrain on: in folders, in tars that are streamed, or generated."""
 
 import io
 import tarfile
@@ -7,7 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from ..models.image_processing_efficientsam import open_image
+from .scene_bank import SceneBank
+from .scenes import render_scenes
 
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -67,3 +72,27 @@ def _read_tars(tars: list[str]) -> Iterator[dict[str, Any]]:
                         yield {"name": member.name.removeprefix("./"), "picture": picture, "problem": ""}
         except (OSError, tarfile.TarError) as error:
             yield {"name": path, "picture": b"", "problem": f"{path} is damaged: {error}"}
+
+
+class SceneImages:
+    """The first `count` generated scenes of a seed, at one size, each rendered when it is asked for.
+
+    Item i is {"image": RGB `PIL.Image`, "image_id": seed, number and size}.
+    """
+
+    def __init__(self, count: int, seed: int, image_size: int) -> None:
+        if count < 1:
+            raise ValueError(f"count must be at least 1, got {count}")
+        self.count, self.seed, self.image_size = count, seed, image_size
+        self.bank = SceneBank.build(seed=0, device="cpu")
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        scene = render_scenes(self.bank, torch.tensor([index]), seed=self.seed, image_size=self.image_size)
+        pixels = (scene.images[0] * 255).round().byte().permute(1, 2, 0).numpy()
+        name = f"scene {index} of seed {self.seed} at {self.image_size} pixels"
+        return {"image": Image.fromarray(pixels), "image_id": name}

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from ..data.crops import RandomCrop
 from ..models.configuration_sami import CHOICES, SamiConfig
 from .arguments import PictureArguments, option
 from .crop_preparation import CropPreparation
@@ -41,6 +42,9 @@ class PretrainArguments(PictureArguments):
         None, "Side of the teacher's images in pixels; default its own. 224 gives SAM the student's grid."
     )
     teacher_dtype: str = option("float32", "Precision of the teacher's weights.", choices=list(DTYPES))
+    train_features: str | None = option(
+        None, "Cache of a teacher's features of the training pictures (efficientsam features), in place of a teacher."
+    )
     train_images: str | None = option(None, "Folder of pictures, or of tars of them, which are streamed.")
     crop_min_scale: float = option(0.2, "Smallest share of a picture's area that a random crop covers (MAE: 0.2).")
     crop_max_scale: float = option(1.0, "Largest share of a picture's area that a random crop covers.")
@@ -58,11 +62,13 @@ class PretrainArguments(PictureArguments):
             raise ValueError(f"train_images: {self.train_images} does not exist or is not a folder")
         if self.train_scenes:
             self.check_scene_sizes()
-        if (self.teacher is None) != (self.target == "pixels"):
-            raise ValueError(
-                f"target is {self.target!r}, which goes {'with' if self.target == 'features' else 'without'} a "
-                f"teacher, got {self.teacher!r}"
-            )
+        given = [name for name in ("teacher", "train_features") if getattr(self, name)]
+        if self.target == "pixels" and given:
+            raise ValueError(f"target is 'pixels', which goes without {' and '.join(given)}")
+        if self.target == "features" and not given:
+            raise ValueError("target is 'features', which needs a teacher, or train_features with what it saw")
+        if self.train_features and self.stream:
+            raise ValueError("train_features is for pictures that are stored, not for a stream")
         if not isinstance(self.overrides(), dict):
             raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
         self.preparation(None)
@@ -83,4 +89,5 @@ class PretrainArguments(PictureArguments):
 
     def preparation(self, teacher_size: int | None) -> CropPreparation:
         """How pictures are cropped; `teacher_size` for a teacher of another resolution than the student."""
-        return CropPreparation(self.crop_min_scale, self.crop_max_scale, self.horizontal_flip, teacher_size)
+        crops = RandomCrop(self.crop_min_scale, self.crop_max_scale, self.horizontal_flip)
+        return CropPreparation(crops, teacher_size)

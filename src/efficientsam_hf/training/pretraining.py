@@ -17,14 +17,12 @@ from .pictures import feature_sheet
 class MaskedPretraining(nn.Module):
     """A SAMI model with the teacher beside it, for the training loop.
 
-    The teacher is no part of the module: it is neither trained nor saved. It is None for a pixel target.
+    The teacher is no part of the module: it is neither trained nor saved. It is None for a pixel target, and where
+    batches bring its features from a cache. Raises ValueError if the width of its features is not the model's.
     """
 
     def __init__(self, model: SamiForPreTraining, teacher: Teacher | None = None):
         super().__init__()
-        if (teacher is None) != (model.config.target == "pixels"):
-            needed = "without" if model.config.target == "pixels" else "with"
-            raise ValueError(f"target is {model.config.target!r}, which goes {needed} a teacher")
         if teacher is not None and teacher.width != model.config.target_width:
             raise ValueError(
                 f"target_width is {model.config.target_width}, but features of teacher {teacher.name} have "
@@ -36,8 +34,9 @@ class MaskedPretraining(nn.Module):
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss, and how far the reconstruction is off at masked and at visible patches, all scalars.
 
-        `pixel_values` (B, 3, H, W), ImageNet-normalised; `teacher_images` (B, 3, R, R) in [0, 1] where the teacher has
-        another resolution; `seed` () int64 that decides which patches are hidden.
+        `pixel_values` (B, 3, H, W), ImageNet-normalised; `target_features` (B, N, C) from a cache, or `teacher_images`
+        (B, 3, R, R) in [0, 1] where a teacher has another resolution; `seed` () int64 that decides which patches are
+        hidden.
         """
         outputs, target = self._reconstruct(batch)
         if target is None:
@@ -59,8 +58,8 @@ class MaskedPretraining(nn.Module):
         grid = (pixels.shape[2] // size, pixels.shape[3] // size)
         generator = torch.Generator(pixels.device).manual_seed(int(batch["seed"]))
         noise = torch.rand(len(pixels), grid[0] * grid[1], generator=generator, device=pixels.device)
-        target = None
-        if self.teacher is not None:
+        target = batch.get("target_features")
+        if self.teacher is not None and target is None:
             images = batch["teacher_images"] if "teacher_images" in batch else denormalize(pixels)
             target = self.teacher.features(images, grid)
         return self.model(pixels, target, noise), target

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..data.numbered_batches import numbered_batches
 from ..data.scenes import scene_seed
-from .numbered_batches import numbered_batches
 from .schedule import Stage
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from PIL import Image
 
+from ..data.numbered_batches import numbered_batches
 from ..data.scene_bank import SceneBank
 from ..data.scenes import render_scenes, scene_seed
 from .normalization import normalize
-from .numbered_batches import numbered_batches
 from .schedule import Stage
 
 

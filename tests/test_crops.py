@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from efficientsam_hf.training.crop_preparation import CropPreparation, crop
+from efficientsam_hf.data.crops import RandomCrop, crop, part_of_map
+from efficientsam_hf.training.crop_preparation import CropPreparation
 from efficientsam_hf.training.normalization import denormalize
 
 
@@ -20,9 +21,9 @@ def ramp(width: int = 80, height: int = 60) -> Image.Image:
 
 
 def test_parts_have_the_asked_shares_and_ratios() -> None:
-    preparation = CropPreparation(min_scale=0.3, max_scale=0.6, flip=0.25)
+    crops = RandomCrop(min_scale=0.3, max_scale=0.6, flip=0.25)
     generator = np.random.default_rng(0)
-    boxes, mirrored = zip(*(preparation.draw((400, 300), generator) for _ in range(500)), strict=True)
+    boxes, mirrored = zip(*(crops.draw((400, 300), generator) for _ in range(500)), strict=True)
     left, top, right, bottom = np.array(boxes).T
     assert left.min() >= 0 and top.min() >= 0 and right.max() <= 400 and bottom.max() <= 300
     shares = (right - left) * (bottom - top) / 120000
@@ -33,13 +34,13 @@ def test_parts_have_the_asked_shares_and_ratios() -> None:
 
 
 def test_a_picture_that_no_part_fits_gives_its_middle() -> None:
-    preparation = CropPreparation(min_scale=1.0, max_scale=1.0, flip=0.0)
-    assert preparation.draw((300, 30), np.random.default_rng(0)) == ((130, 0, 170, 30), False)
-    assert preparation.draw((30, 300), np.random.default_rng(0)) == ((0, 130, 30, 170), False)
+    crops = RandomCrop(min_scale=1.0, max_scale=1.0, flip=0.0)
+    assert crops.draw((300, 30), np.random.default_rng(0)) == ((130, 0, 170, 30), False)
+    assert crops.draw((30, 300), np.random.default_rng(0)) == ((0, 130, 30, 170), False)
 
 
 def test_student_and_teacher_see_the_same_part() -> None:
-    preparation = CropPreparation(teacher_size=64, flip=1.0)
+    preparation = CropPreparation(RandomCrop(flip=1.0), teacher_size=64)
     row = preparation({"image": ramp()}, 32, np.random.default_rng(3))
     assert row["pixel_values"].shape == (3, 32, 32) and row["teacher_images"].shape == (3, 64, 64)
     student = denormalize(row["pixel_values"][None])[0]
@@ -58,6 +59,20 @@ def test_the_whole_picture_is_only_resized() -> None:
     np.testing.assert_allclose(whole.permute(1, 2, 0).numpy(), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_part_of_a_map_is_what_the_map_has_there(mirrored) -> None:
+    """A map that is the picture itself: its part is the picture's part, cell by cell."""
+    features = torch.from_numpy(np.array(ramp(64, 64))).permute(2, 0, 1).float() / 255
+    size, box = (640, 320), (160, 40, 480, 280)  # the map covers a picture of another shape
+    part = part_of_map(features, size, box, mirrored, (6, 8)).unflatten(0, (6, 8))
+    red = (160 + (np.arange(8) + 0.5) * 40) / 640
+    green = (40 + (np.arange(6) + 0.5) * 40) / 320
+    np.testing.assert_allclose(part[0, :, 0].numpy(), red[::-1] if mirrored else red, atol=0.02)
+    np.testing.assert_allclose(part[:, 0, 1].numpy(), green, atol=0.02)
+    whole = part_of_map(features, size, (0, 0, 640, 320), False, (64, 64))
+    torch.testing.assert_close(whole, features.flatten(1).T)
+
+
 def test_padding_is_the_mean_colour() -> None:
     row = CropPreparation(teacher_size=16).padding(8)
     assert row["pixel_values"].abs().max() < 0.02 and row["teacher_images"].shape == (3, 16, 16)
@@ -66,4 +81,4 @@ def test_padding_is_the_mean_colour() -> None:
 @pytest.mark.parametrize("fields", [{"min_scale": 0.0}, {"min_scale": 0.9, "max_scale": 0.5}, {"flip": 1.5}])
 def test_bad_fields_are_named(fields) -> None:
     with pytest.raises(ValueError, match="min_scale and max_scale|flip"):
-        CropPreparation(**fields)
+        RandomCrop(**fields)

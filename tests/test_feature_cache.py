@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of teacher features: what it holds, that it can be completed, and what it refuses."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import ViTConfig, ViTModel
+
+from efficientsam_hf.cli import main
+from efficientsam_hf.data.crops import RandomCrop, crop
+from efficientsam_hf.data.feature_cache import (
+    CachedSamples,
+    CacheIndex,
+    FeatureCache,
+    check_cache,
+    shard_path,
+    write_cache,
+)
+from efficientsam_hf.data.images import ImageFolder, SceneImages
+from efficientsam_hf.data.teacher import Teacher, load_teacher
+from efficientsam_hf.training.crop_preparation import CachedCropPreparation
+from efficientsam_hf.training.normalization import denormalize
+
+
+MAE_STEPS = "pretrain --recipe smoke --batch-size 2 --max-steps 3 --checkpoint-every 1 --no-train-scenes".split()
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    ViTModel(ViTConfig(**sizes, image_size=64, patch_size=16)).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def teacher(vit: str) -> Teacher:
+    return load_teacher(vit)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    generator = np.random.default_rng(0)
+    for index in range(5):
+        pixels = generator.integers(0, 256, (5, 7, 3), np.uint8)
+        Image.fromarray(pixels).resize((70 + index, 50)).save(folder / f"{index}.png")
+    return folder
+
+
+def make_index(teacher: Teacher, **changes) -> CacheIndex:
+    fields = {"crops": 3, "images": 5, "grid": (4, 4), "seed": 7, "records_per_shard": 4, **changes}
+    return CacheIndex(teacher.name, teacher.revision, teacher.resolution, teacher.width, **fields)
+
+
+def write(folder: Path, index: CacheIndex, samples, teacher: Teacher, **options) -> list[int]:
+    return [number for number, _ in write_cache(folder, index, samples, teacher, batch_size=3, **options)]
+
+
+def test_records_are_the_teachers_view_of_each_part(tmp_path, teacher, pictures) -> None:
+    index, samples = make_index(teacher), ImageFolder(pictures)
+    assert (index.records, index.shards) == (15, 4)
+    assert write(tmp_path, index, samples, teacher) == [0, 1, 2, 3]
+    assert CacheIndex.read(tmp_path) == index
+    cache = FeatureCache(tmp_path)
+    seen = set()
+    for record in range(15):
+        image = samples[record // 3]["image"]
+        box, mirrored = index.part(record, image.size)
+        seen.add((record // 3, box, mirrored))
+        features, name = cache.features(record)
+        expected = teacher.features(crop(image, box, 64, mirrored)[None], (4, 4))[0]
+        assert name == f"{record // 3}.png" and features.dtype == torch.float16
+        torch.testing.assert_close(features.float(), expected, atol=2e-3, rtol=2e-3)
+    assert len(seen) == 15
+
+
+def test_samples_bring_a_part_with_its_features(tmp_path, teacher, pictures) -> None:
+    index, samples = make_index(teacher), ImageFolder(pictures)
+    write(tmp_path, index, samples, teacher)
+    cached = CachedSamples(samples, FeatureCache(tmp_path), RandomCrop())
+    records = set()
+    for seed in range(12):
+        row = CachedCropPreparation()(cached[2], 64, np.random.default_rng(seed))
+        own = teacher.features(denormalize(row["pixel_values"][None]), (4, 4))[0]
+        torch.testing.assert_close(row["target_features"], own, atol=5e-3, rtol=5e-3)
+        records.add(row["target_features"].sum().item())
+    assert len(records) == 3  # the parts of picture 2
+
+
+def test_whole_pictures_give_any_part(tmp_path, teacher, pictures) -> None:
+    index, samples = make_index(teacher, crops=0), ImageFolder(pictures)
+    write(tmp_path, index, samples, teacher)
+    everything = CachedSamples(samples, FeatureCache(tmp_path), RandomCrop(flip=0.0))
+    features, _ = FeatureCache(tmp_path).features(1)
+    whole = CachedSamples(samples, FeatureCache(tmp_path), RandomCrop(1.0, 1.0, 0.0))[1]["part"]
+    box, mirrored, part = whole(np.random.default_rng(0), (4, 4))
+    assert not mirrored and part.shape == (16, 24) and box[1] == 0 and box[3] == 50
+    torch.testing.assert_close(part[:4].mean(), features[:4].float().mean(), atol=0.1, rtol=0.1)
+    parts = [everything[1]["part"](np.random.default_rng(seed), (2, 2))[2] for seed in range(3)]
+    assert parts[0].shape == (4, 24) and not torch.equal(parts[0], parts[1])
+
+
+def test_what_is_there_is_not_made_again(tmp_path, teacher, pictures) -> None:
+    """A shard that is missing, as after a kill, is made; others stay. Processes share the shards."""
+    index, samples = make_index(teacher), ImageFolder(pictures)
+    write(tmp_path / "whole", index, samples, teacher)
+    assert write(tmp_path / "two", index, samples, teacher, rank=1, processes=2) == [1, 3]
+    with pytest.raises(FileNotFoundError, match="no cache"):
+        FeatureCache(tmp_path / "two")
+    assert write(tmp_path / "two", index, samples, teacher, rank=0, processes=2) == [0, 2]
+    shard_path(tmp_path / "two", 2).unlink()
+    with pytest.raises(ValueError, match="not complete: 1 of 4 shards are missing, the first is features-000002"):
+        FeatureCache(tmp_path / "two")
+    kept = shard_path(tmp_path / "two", 1).stat().st_mtime_ns
+    assert write(tmp_path / "two", index, samples, teacher) == [2]
+    assert shard_path(tmp_path / "two", 1).stat().st_mtime_ns == kept
+    for number in range(4):
+        one, two = (load_file(shard_path(tmp_path / name, number)) for name in ("whole", "two"))
+        assert torch.equal(one["features"], two["features"]) and torch.equal(one["records"], two["records"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"teacher": "other"}, "teacher '.*' and not 'other'"),
+        ({"revision": "abc"}, "revision None and not 'abc'"),
+        ({"resolution": 128}, "resolution 64 and not 128"),
+        ({"crop": RandomCrop(flip=0.1)}, "crop RandomCrop"),
+        ({"seed": 8}, "seed 7 and not 8"),
+    ],
+)
+def test_another_cache_is_refused_by_name(tmp_path, teacher, pictures, changes, words) -> None:
+    index, samples = make_index(teacher), ImageFolder(pictures)
+    write(tmp_path, index, samples, teacher)
+    with pytest.raises(ValueError, match=words):
+        write(tmp_path, replace(index, **changes), samples, teacher)
+
+
+def test_check_finds_what_was_changed(tmp_path, teacher, pictures) -> None:
+    index, samples = make_index(teacher, records_per_shard=15), ImageFolder(pictures)
+    write(tmp_path, index, samples, teacher)
+    assert check_cache(tmp_path, samples, teacher, 15) < 5e-3
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    path = shard_path(tmp_path, 0)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    content = {name: value.clone() for name, value in load_file(path).items()}
+    content["features"][6, 3, 2] += 1
+    save_file(content, path, metadata)
+    assert check_cache(tmp_path, samples, teacher, 15) == pytest.approx(1, abs=0.01)
+    with pytest.raises(ValueError, match="images 5 and not 4"):
+        check_cache(tmp_path, [samples[n] for n in range(4)], teacher, 1)
+
+
+def test_pictures_that_cannot_be_read_are_named(tmp_path, teacher, pictures) -> None:
+    class Damaged(ImageFolder):
+        def __getitem__(self, index):
+            if index == 1:
+                raise ValueError("1.png is truncated")
+            return super().__getitem__(index)
+
+    samples = Damaged(pictures)
+    write(tmp_path, make_index(teacher), samples, teacher)
+    cache = FeatureCache(tmp_path)
+    assert cache.problems() == {"1": "1.png is truncated"}
+    with pytest.raises(ValueError, match="record 4: its picture could not be read"):
+        cache.features(4)
+    assert check_cache(tmp_path, samples, teacher, 100) < 5e-3
+    cached = CachedSamples(ImageFolder(pictures), cache, RandomCrop())
+    with pytest.raises(ValueError, match="could not be read"):  # as a damaged sample, so that training passes over it
+        CachedCropPreparation()(cached[1], 64, np.random.default_rng(0))
+
+
+def test_other_pictures_are_refused(tmp_path, teacher, pictures) -> None:
+    write(tmp_path / "cache", make_index(teacher), ImageFolder(pictures), teacher)
+    cache = FeatureCache(tmp_path / "cache")
+    with pytest.raises(ValueError, match="of 5 pictures, but there are 2"):
+        CachedSamples(SceneImages(2, 0, 64), cache, RandomCrop())
+    cached = CachedSamples(SceneImages(5, 0, 64), cache, RandomCrop())
+    with pytest.raises(ValueError, match="has '3.png' as picture 3, here it is 'scene 3 of seed 0 at 64 pixels'"):
+        CachedCropPreparation()(cached[3], 64, np.random.default_rng(0))
+
+
+def test_features_that_are_not_finite_name_their_record(tmp_path, vit, pictures) -> None:
+    broken = load_teacher(vit)
+
+    def features(images, grid, check=True):
+        result = torch.ones(len(images), 16, 24)
+        result[images.mean((1, 2, 3)) == means[4]] = torch.nan
+        return result
+
+    index, samples = make_index(broken), ImageFolder(pictures)
+    means = [crop(samples[r // 3]["image"], *_part(index, samples, r)).mean() for r in range(15)]
+    broken.features = features
+    with pytest.raises(ValueError, match="features of record 4, picture 1.png, are not finite"):
+        write(tmp_path, index, samples, broken)
+    assert shard_path(tmp_path, 0).is_file() and not shard_path(tmp_path, 1).exists()
+
+
+def _part(index: CacheIndex, samples: ImageFolder, record: int):
+    box, mirrored = index.part(record, samples[record // 3]["image"].size)
+    return box, 64, mirrored
+
+
+def test_a_folder_that_is_no_cache(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="is no cache of features"):
+        FeatureCache(tmp_path)
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no index of a cache"):
+        FeatureCache(tmp_path)
+
+
+# The commands
+
+
+@pytest.mark.parametrize("crops", ["2", "0"])
+def test_pretraining_from_a_cache(tmp_path, vit, pictures, crops, capsys) -> None:
+    source = ["--teacher", vit, "--images", str(pictures), "--crops", crops, "--grid", "4", "--shard-size", "3"]
+    command = ["features", *source, "--device", "cpu", "--output", str(tmp_path / "cache")]
+    assert main(command) == 0
+    assert "0 pictures unread" in capsys.readouterr().out
+    assert main([*command, "--check", "4"]) == 0
+    difference = float(re.search(r"largest difference (\S+)", capsys.readouterr().out)[1])
+    assert 0 < difference < 5e-3
+    run = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    from efficientsam_hf.training.arguments import RECIPES
+
+    text = (RECIPES / "pretrain" / "smoke.yaml").read_text()
+    recipe.write_text(re.sub(r"(?m)^(teacher|train_scenes).*\n", "", text))
+    pretrain = ["pretrain", "--recipe", str(recipe), *MAE_STEPS[3:-1], "--image-sizes", "64", "--train-images"]
+    pretrain += [str(pictures), "--train-features", str(tmp_path / "cache"), "--output-dir", str(run)]
+    assert main(pretrain) == 0
+    assert json.loads((run / "model" / "config.json").read_text())["target_width"] == 24
+    for flags, words in (
+        (["--teacher", "other"], "teacher is 'other', but cache .* was made with"),
+        (["--teacher-resolution", "128"], "teacher_resolution is 128, but cache .* was made with 64"),
+    ):
+        assert main([*pretrain[:-1], str(tmp_path / "other"), *flags]) == 2
+        assert re.search(words, capsys.readouterr().err)
+    wrong_grid = [*pretrain[:-1], str(tmp_path / "other"), "--image-sizes", "96"]
+    assert main(wrong_grid) == (0 if crops == "0" else 2)
+
+
+def test_a_killed_command_goes_on(tmp_path, vit) -> None:
+    """SIGKILL while shards are being written; then the cache is completed, and equal to one made at a stroke."""
+    command = ["features", "--teacher", vit, "--scenes", "60", "--scene-size", "64", "--shard-size", "2"]
+    command += ["--device", "cpu", "--batch-size", "2", "--output"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "efficientsam_hf.cli", *command, str(killed)], env=environment, stderr=subprocess.PIPE
+    )
+    while process.poll() is None and len(list(killed.glob("features-*"))) < 3:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, process.stderr.read()
+    process.stderr.close()
+    before = len(list(killed.glob("features-*")))
+    assert 3 <= before < 30
+    for folder in (killed, whole):
+        assert main([*command, str(folder)]) == 0
+    assert sorted(path.name for path in killed.glob("features-*")) == sorted(p.name for p in whole.glob("features-*"))
+    for number in range(30):
+        one, two = (load_file(shard_path(folder, number))["features"] for folder in (killed, whole))
+        torch.testing.assert_close(one, two, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--crops", "-1"], "--crops must be at least 0, got -1"),
+        (["--scenes", "0"], "--scenes must be at least 1, got 0"),
+        (["--crop-min-scale", "2"], "min_scale and max_scale"),
+        (["--teacher-resolution", "70"], "expected a multiple of the patches"),
+        (["--check", "1"], "no cache"),
+    ],
+)
+def test_bad_options(tmp_path, vit, capsys, flags, words) -> None:
+    source = [] if "--scenes" in flags else ["--scenes", "2"]
+    command = ["features", "--teacher", vit, *source, "--device", "cpu", "--output", str(tmp_path / "cache")]
+    assert main([*command, *flags]) == 2
+    assert words in capsys.readouterr().err
