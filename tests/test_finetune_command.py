@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from transformers import SamConfig
 
-from efficientsam_hf import EfficientSamModel
+from efficientsam_hf import EfficientSamModel, SamiConfig, SamiForPreTraining
 from efficientsam_hf.cli import main
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 
@@ -150,8 +150,22 @@ def test_a_model_of_another_architecture_is_refused(tmp_path: Path, capsys: pyte
     SamConfig().save_pretrained(tmp_path / "sam")
     flags = ["--model", str(tmp_path / "sam"), "--model-overrides", "{}", "--max-steps", "1"]
     assert main([*TRAIN, *flags, "--output-dir", str(tmp_path / "run")]) == 2
-    assert "sam is of model_type 'sam', not an EfficientSAM" in capsys.readouterr().err
+    assert "sam is of model_type 'sam', neither an EfficientSAM nor a SAMI" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_training_on_from_a_pretrained_encoder(tmp_path: Path) -> None:
+    vision = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sami = SamiForPreTraining(SamiConfig(vision_config=vision, decoder_depth=1, decoder_width=16, decoder_heads=2))
+    sami.save_pretrained(tmp_path / "sami")
+    parts = "{prompt_encoder_config: {hidden_size: 32}, vision_config: {output_channels: 32}, mask_decoder_config: "
+    parts += "{hidden_size: 32, mlp_dim: 64, num_attention_heads: 2, iou_head_hidden_dim: 32}}"
+    flags = ["--model", str(tmp_path / "sami"), "--model-overrides", parts, "--learning-rate", "1e-9"]
+    assert main([*TRAIN, *flags, "--max-steps", "1", "--output-dir", str(tmp_path / "run")]) == 0
+    model = EfficientSamModel.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.vision_config.image_size == 64
+    for name, weight in sami.vision_encoder.state_dict().items():
+        torch.testing.assert_close(model.vision_encoder.state_dict()[name], weight, atol=1e-6, rtol=1e-5)
 
 
 def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

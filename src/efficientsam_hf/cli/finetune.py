@@ -77,32 +77,39 @@ def finetune(arguments: Any) -> dict[str, Any]:
 
 
 def build_model(arguments: Any) -> tuple[Any, Any]:
-    """Model with float32 weights, new from a preset or loaded, and a processor for the last stage's image size."""
+    """Model with float32 weights, new, loaded, or new around a SAMI encoder, and a processor for the last stage."""
     import torch
+    from transformers.configuration_utils import PreTrainedConfig
 
     from .. import (
         EfficientSamConfig,
         EfficientSamImageProcessor,
         EfficientSamModel,
         EfficientSamProcessor,
+        SamiForPreTraining,
         default_checkpoint,
     )
     from ..training.attention import use_matrix_products
 
     image_size = arguments.stages()[-1].image_size
     overrides = arguments.overrides()
-    if arguments.model in ("ti", "s", "b"):
-        vision = {**overrides.pop("vision_config", {}), "image_size": image_size}
-        model = EfficientSamModel(EfficientSamConfig.from_preset(arguments.model, vision_config=vision, **overrides))
-        # Scenes are rendered at the training size; averaging is what brings a larger photo closest to that.
-        image_processor = EfficientSamImageProcessor(size=image_size, antialias=True)
+    vision = {**overrides.pop("vision_config", {}), "image_size": image_size}
+    # Scenes are rendered at the training size; averaging is what brings a larger photo closest to that.
+    image_processor = EfficientSamImageProcessor(size=image_size, antialias=True)
+    source = default_checkpoint() if arguments.model == "default" else arguments.model
+    if source in ("ti", "s", "b"):
+        model = EfficientSamModel(EfficientSamConfig.from_preset(source, vision_config=vision, **overrides))
+    elif (architecture := PreTrainedConfig.get_config_dict(source)[0].get("model_type")) == "sami":
+        sami = SamiForPreTraining.from_pretrained(source, dtype=torch.float32)
+        vision = {**sami.config.vision_config.to_dict(), "output_channels": 256, **vision}
+        model = EfficientSamModel.from_sami(sami, EfficientSamConfig(vision_config=vision, **overrides))
+    elif architecture != "efficientsam":
+        raise ValueError(
+            f"model: {source} is of model_type {architecture!r}, neither an EfficientSAM nor a SAMI model"
+        )
+    elif arguments.overrides():
+        raise ValueError("model_overrides is for presets (ti, s, b) and SAMI encoders; a checkpoint keeps its config")
     else:
-        if overrides:
-            raise ValueError("model_overrides is for presets (ti, s, b); a checkpoint keeps its config")
-        source = default_checkpoint() if arguments.model == "default" else arguments.model
-        architecture = EfficientSamConfig.get_config_dict(source)[0].get("model_type")
-        if architecture != EfficientSamConfig.model_type:
-            raise ValueError(f"model: {source} is of model_type {architecture!r}, not an EfficientSAM")
         model = EfficientSamModel.from_pretrained(source, dtype=torch.float32)
         model.config.vision_config.image_size = image_size
         image_processor = EfficientSamImageProcessor.from_pretrained(source, size=image_size)

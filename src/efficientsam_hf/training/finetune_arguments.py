@@ -18,9 +18,13 @@ LOSS_WEIGHTS = ("focal_weight", "dice_weight", "iou_weight", "single_weight")
 class FinetuneArguments(PictureArguments):
     """A run of promptable segmentation: the loop's arguments, the model, the data, the prompts and the losses."""
 
-    model: str = option("default", "Preset to train from scratch (ti, s, b), `default`, or a folder or Hub id.")
+    model: str = option(
+        "default",
+        "Preset to train from scratch (ti, s, b), `default`, or a folder or Hub id: of an EfficientSAM, or of a SAMI "
+        "model whose encoder is taken.",
+    )
     model_overrides: str = option(
-        "{}", 'Changes to the config of a preset, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}".'
+        "{}", 'Changes to the config of what is new, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}".'
     )
     gradient_checkpointing: bool = option(
         False, "Compute activations again in the backward pass: less memory, a third more time."
