@@ -17,6 +17,7 @@ resume=()
 [[ -f $run/args.json ]] && resume=(--resume)
 
 # 8 nodes x 8 GPUs x 64 images are the paper's batch of 4096; with fewer GPUs add --gradient-accumulation.
+export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 srun torchrun --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node 8 \
     --rdzv-backend c10d --rdzv-endpoint "$main_node:29500" --rdzv-id "$SLURM_JOB_ID" \
     -m efficientsam_hf.cli pretrain --recipe sami_ti --train-images "$images" --output-dir "$run" "${resume[@]}"

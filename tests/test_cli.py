@@ -383,7 +383,7 @@ def test_evaluate_prints_and_writes(
     metrics = record["metrics"]
     assert metrics["objects"] == 2 and set(metrics) >= {"center", "box"} and "uniform" not in metrics
     assert record["command"].startswith("efficientsam evaluate ")
-    assert record["protocol"]["clicks"] == [1] and record["revision"] is None
+    assert record["protocol"]["clicks"] == [1] and record["revision"].startswith("sha256:")
     assert {"torch", "transformers", "python", "efficientsam-hf"} <= set(record["versions"])
     assert record["machine"]["cores"] >= 1 and record["machine"]["gpus"] == [] and record["date"].endswith("+00:00")
     printed = capsys.readouterr().out

@@ -69,12 +69,18 @@ def test_a_part_of_a_map_is_what_the_map_has_there(mirrored) -> None:
     green = (40 + (np.arange(6) + 0.5) * 40) / 320
     np.testing.assert_allclose(part[0, :, 0].numpy(), red[::-1] if mirrored else red, atol=0.02)
     np.testing.assert_allclose(part[:, 0, 1].numpy(), green, atol=0.02)
+    noise = torch.randn(1, 64, 64, generator=torch.Generator().manual_seed(0))
+    coarse = part_of_map(noise, size, (0, 0, 640, 320), False, (8, 8))
+    torch.testing.assert_close(coarse, F.avg_pool2d(noise[None], 8).flatten(1).T)  # averaged, not picked
     whole = part_of_map(features, size, (0, 0, 640, 320), False, (64, 64))
     torch.testing.assert_close(whole, features.flatten(1).T)
 
 
-def test_padding_is_the_mean_colour() -> None:
-    row = CropPreparation(teacher_size=16).padding(8)
+def test_a_good_row_or_the_mean_colour_stands_in() -> None:
+    preparation = CropPreparation(teacher_size=16)
+    good = preparation({"image": ramp()}, 16, np.random.default_rng(0))
+    assert preparation.stand_in(16, [good]) is good
+    row = preparation.stand_in(16, [])
     assert row["pixel_values"].abs().max() < 0.02 and row["teacher_images"].shape == (3, 16, 16)
 
 

@@ -15,21 +15,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import ViTConfig, ViTModel
 
+from efficientsam_hf import default_checkpoint
 from efficientsam_hf.cli import main
-from efficientsam_hf.data.crops import RandomCrop, crop
+from efficientsam_hf.data.crops import RandomCrop, crop, part_of_map
 from efficientsam_hf.data.feature_cache import (
     CachedSamples,
     CacheIndex,
     FeatureCache,
+    _open_shard,
     check_cache,
+    describe,
     shard_path,
     write_cache,
 )
 from efficientsam_hf.data.images import ImageFolder, SceneImages
 from efficientsam_hf.data.teacher import Teacher, load_teacher
+from efficientsam_hf.training.arguments import RECIPES
 from efficientsam_hf.training.crop_preparation import CachedCropPreparation
 from efficientsam_hf.training.normalization import denormalize
 
@@ -62,17 +67,22 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_index(teacher: Teacher, **changes) -> CacheIndex:
-    fields = {"crops": 3, "images": 5, "grid": (4, 4), "seed": 7, "records_per_shard": 4, **changes}
-    return CacheIndex(teacher.name, teacher.revision, teacher.resolution, teacher.width, **fields)
+def make_index(teacher: Teacher, samples, **changes) -> CacheIndex:
+    return describe(samples, teacher, **{"crops": 3, "grid": (4, 4), "seed": 7, "records_per_shard": 4, **changes})
 
 
 def write(folder: Path, index: CacheIndex, samples, teacher: Teacher, **options) -> list[int]:
-    return [number for number, _ in write_cache(folder, index, samples, teacher, batch_size=3, **options)]
+    """Numbers of the shards that were made."""
+    before = set(folder.glob("features-*"))
+    counts = list(write_cache(folder, index, samples, teacher, batch_size=3, **options))
+    share = range(options.get("rank", 0), index.shards, options.get("processes", 1))
+    assert sum(counts) == sum(len(index.records_of(number)) for number in share)
+    return sorted(int(path.stem.removeprefix("features-")) for path in set(folder.glob("features-*")) - before)
 
 
 def test_records_are_the_teachers_view_of_each_part(tmp_path, teacher, pictures) -> None:
-    index, samples = make_index(teacher), ImageFolder(pictures)
+    samples = ImageFolder(pictures)
+    index = make_index(teacher, samples)
     assert (index.records, index.shards) == (15, 4)
     assert write(tmp_path, index, samples, teacher) == [0, 1, 2, 3]
     assert CacheIndex.read(tmp_path) == index
@@ -82,15 +92,16 @@ def test_records_are_the_teachers_view_of_each_part(tmp_path, teacher, pictures)
         image = samples[record // 3]["image"]
         box, mirrored = index.part(record, image.size)
         seen.add((record // 3, box, mirrored))
-        features, name = cache.features(record)
+        features = cache.features(record)
         expected = teacher.features(crop(image, box, 64, mirrored)[None], (4, 4))[0]
-        assert name == f"{record // 3}.png" and features.dtype == torch.float16
+        assert features.dtype == torch.float16
         torch.testing.assert_close(features.float(), expected, atol=2e-3, rtol=2e-3)
     assert len(seen) == 15
 
 
 def test_samples_bring_a_part_with_its_features(tmp_path, teacher, pictures) -> None:
-    index, samples = make_index(teacher), ImageFolder(pictures)
+    samples = ImageFolder(pictures)
+    index = make_index(teacher, samples)
     write(tmp_path, index, samples, teacher)
     cached = CachedSamples(samples, FeatureCache(tmp_path), RandomCrop())
     records = set()
@@ -103,21 +114,24 @@ def test_samples_bring_a_part_with_its_features(tmp_path, teacher, pictures) -> 
 
 
 def test_whole_pictures_give_any_part(tmp_path, teacher, pictures) -> None:
-    index, samples = make_index(teacher, crops=0), ImageFolder(pictures)
+    samples = ImageFolder(pictures)
+    index = make_index(teacher, samples, crops=0)
     write(tmp_path, index, samples, teacher)
     everything = CachedSamples(samples, FeatureCache(tmp_path), RandomCrop(flip=0.0))
-    features, _ = FeatureCache(tmp_path).features(1)
+    maps = FeatureCache(tmp_path).features(1).float().T.unflatten(1, (4, 4))
     whole = CachedSamples(samples, FeatureCache(tmp_path), RandomCrop(1.0, 1.0, 0.0))[1]["part"]
     box, mirrored, part = whole(np.random.default_rng(0), (4, 4))
-    assert not mirrored and part.shape == (16, 24) and box[1] == 0 and box[3] == 50
-    torch.testing.assert_close(part[:4].mean(), features[:4].float().mean(), atol=0.1, rtol=0.1)
+    assert not mirrored and box == (2, 0, 69, 50)  # all but a little at both sides
+    torch.testing.assert_close(part, part_of_map(maps, (71, 50), box, False, (4, 4)))
+    torch.testing.assert_close(part, maps.flatten(1).T, atol=0.3, rtol=0.3)
     parts = [everything[1]["part"](np.random.default_rng(seed), (2, 2))[2] for seed in range(3)]
     assert parts[0].shape == (4, 24) and not torch.equal(parts[0], parts[1])
 
 
 def test_what_is_there_is_not_made_again(tmp_path, teacher, pictures) -> None:
     """A shard that is missing, as after a kill, is made; others stay. Processes share the shards."""
-    index, samples = make_index(teacher), ImageFolder(pictures)
+    samples = ImageFolder(pictures)
+    index = make_index(teacher, samples)
     write(tmp_path / "whole", index, samples, teacher)
     assert write(tmp_path / "two", index, samples, teacher, rank=1, processes=2) == [1, 3]
     with pytest.raises(FileNotFoundError, match="no cache"):
@@ -138,25 +152,28 @@ def test_what_is_there_is_not_made_again(tmp_path, teacher, pictures) -> None:
     ("changes", "words"),
     [
         ({"teacher": "other"}, "teacher '.*' and not 'other'"),
-        ({"revision": "abc"}, "revision None and not 'abc'"),
+        ({"revision": "abc"}, "revision 'sha256:.*' and not 'abc'"),
+        ({"dtype": "bfloat16"}, "dtype 'float32' and not 'bfloat16'"),
+        ({"pictures": "others"}, "pictures '5 files, sha256:.*' and not 'others'"),
         ({"resolution": 128}, "resolution 64 and not 128"),
         ({"crop": RandomCrop(flip=0.1)}, "crop RandomCrop"),
         ({"seed": 8}, "seed 7 and not 8"),
     ],
 )
 def test_another_cache_is_refused_by_name(tmp_path, teacher, pictures, changes, words) -> None:
-    index, samples = make_index(teacher), ImageFolder(pictures)
+    samples = ImageFolder(pictures)
+    index = make_index(teacher, samples)
     write(tmp_path, index, samples, teacher)
     with pytest.raises(ValueError, match=words):
         write(tmp_path, replace(index, **changes), samples, teacher)
 
 
 def test_check_finds_what_was_changed(tmp_path, teacher, pictures) -> None:
-    index, samples = make_index(teacher, records_per_shard=15), ImageFolder(pictures)
+    samples = ImageFolder(pictures)
+    index = make_index(teacher, samples, records_per_shard=15)
     write(tmp_path, index, samples, teacher)
-    assert check_cache(tmp_path, samples, teacher, 15) < 5e-3
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+    count, difference = check_cache(tmp_path, samples, teacher, 100)
+    assert count == 15 and difference < 5e-3
 
     path = shard_path(tmp_path, 0)
     with safe_open(path, "pt") as file:
@@ -164,9 +181,10 @@ def test_check_finds_what_was_changed(tmp_path, teacher, pictures) -> None:
     content = {name: value.clone() for name, value in load_file(path).items()}
     content["features"][6, 3, 2] += 1
     save_file(content, path, metadata)
-    assert check_cache(tmp_path, samples, teacher, 15) == pytest.approx(1, abs=0.01)
+    _open_shard.cache_clear()
+    assert check_cache(tmp_path, samples, teacher, 15)[1] == pytest.approx(1, abs=0.01)
     with pytest.raises(ValueError, match="images 5 and not 4"):
-        check_cache(tmp_path, [samples[n] for n in range(4)], teacher, 1)
+        check_cache(tmp_path, SceneImages(4, 0, 64), teacher, 1)
 
 
 def test_pictures_that_cannot_be_read_are_named(tmp_path, teacher, pictures) -> None:
@@ -177,25 +195,28 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path, teacher, pictures) -> 
             return super().__getitem__(index)
 
     samples = Damaged(pictures)
-    write(tmp_path, make_index(teacher), samples, teacher)
+    write(tmp_path, make_index(teacher, samples), samples, teacher)
     cache = FeatureCache(tmp_path)
     assert cache.problems() == {"1": "1.png is truncated"}
     with pytest.raises(ValueError, match="record 4: its picture could not be read"):
         cache.features(4)
-    assert check_cache(tmp_path, samples, teacher, 100) < 5e-3
+    assert check_cache(tmp_path, samples, teacher, 100)[0] == 12
     cached = CachedSamples(ImageFolder(pictures), cache, RandomCrop())
     with pytest.raises(ValueError, match="could not be read"):  # as a damaged sample, so that training passes over it
         CachedCropPreparation()(cached[1], 64, np.random.default_rng(0))
 
 
-def test_other_pictures_are_refused(tmp_path, teacher, pictures) -> None:
-    write(tmp_path / "cache", make_index(teacher), ImageFolder(pictures), teacher)
+def test_other_pictures_and_parts_are_refused(tmp_path, teacher, pictures) -> None:
+    samples = ImageFolder(pictures)
+    write(tmp_path / "cache", make_index(teacher, samples), samples, teacher)
     cache = FeatureCache(tmp_path / "cache")
-    with pytest.raises(ValueError, match="of 5 pictures, but there are 2"):
-        CachedSamples(SceneImages(2, 0, 64), cache, RandomCrop())
-    cached = CachedSamples(SceneImages(5, 0, 64), cache, RandomCrop())
-    with pytest.raises(ValueError, match="has '3.png' as picture 3, here it is 'scene 3 of seed 0 at 64 pixels'"):
-        CachedCropPreparation()(cached[3], 64, np.random.default_rng(0))
+    with pytest.raises(ValueError, match="pictures '5 files, .*' and not 'scenes of seed 0 at 64 pixels'"):
+        CachedSamples(SceneImages(5, 0, 64), cache, RandomCrop())
+    with pytest.raises(ValueError, match="crop RandomCrop"):
+        CachedSamples(samples, cache, RandomCrop(flip=0.0))
+    (tmp_path / "cache" / "index.json").unlink()
+    with pytest.raises(ValueError, match="holds features, but no index.json"):
+        write(tmp_path / "cache", make_index(teacher, samples), samples, teacher)
 
 
 def test_features_that_are_not_finite_name_their_record(tmp_path, vit, pictures) -> None:
@@ -206,7 +227,8 @@ def test_features_that_are_not_finite_name_their_record(tmp_path, vit, pictures)
         result[images.mean((1, 2, 3)) == means[4]] = torch.nan
         return result
 
-    index, samples = make_index(broken), ImageFolder(pictures)
+    samples = ImageFolder(pictures)
+    index = make_index(broken, samples)
     means = [crop(samples[r // 3]["image"], *_part(index, samples, r)).mean() for r in range(15)]
     broken.features = features
     with pytest.raises(ValueError, match="features of record 4, picture 1.png, are not finite"):
@@ -230,6 +252,17 @@ def test_a_folder_that_is_no_cache(tmp_path) -> None:
 # The commands
 
 
+def test_pretraining_from_a_cache_of_scenes(tmp_path, vit) -> None:
+    """Seed and size of the scenes come from the cache, whatever the run's are."""
+    source = ["--teacher", vit, "--scenes", "4", "--scene-size", "96", "--seed", "5", "--grid", "4", "--crops", "1"]
+    assert main(["features", *source, "--device", "cpu", "--output", str(tmp_path / "cache")]) == 0
+    text = (RECIPES / "pretrain" / "smoke.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(re.sub(r"(?m)^teacher.*\n", "", text))
+    pretrain = ["pretrain", "--recipe", str(tmp_path / "recipe.yaml"), *MAE_STEPS[3:-1], "--image-sizes", "64"]
+    pretrain += ["--train-features", str(tmp_path / "cache"), "--seed", "1", "--output-dir", str(tmp_path / "run")]
+    assert main(pretrain) == 0
+
+
 @pytest.mark.parametrize("crops", ["2", "0"])
 def test_pretraining_from_a_cache(tmp_path, vit, pictures, crops, capsys) -> None:
     source = ["--teacher", vit, "--images", str(pictures), "--crops", crops, "--grid", "4", "--shard-size", "3"]
@@ -241,8 +274,6 @@ def test_pretraining_from_a_cache(tmp_path, vit, pictures, crops, capsys) -> Non
     assert 0 < difference < 5e-3
     run = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
-    from efficientsam_hf.training.arguments import RECIPES
-
     text = (RECIPES / "pretrain" / "smoke.yaml").read_text()
     recipe.write_text(re.sub(r"(?m)^(teacher|train_scenes).*\n", "", text))
     pretrain = ["pretrain", "--recipe", str(recipe), *MAE_STEPS[3:-1], "--image-sizes", "64", "--train-images"]
@@ -250,7 +281,7 @@ def test_pretraining_from_a_cache(tmp_path, vit, pictures, crops, capsys) -> Non
     assert main(pretrain) == 0
     assert json.loads((run / "model" / "config.json").read_text())["target_width"] == 24
     for flags, words in (
-        (["--teacher", "other"], "teacher is 'other', but cache .* was made with"),
+        (["--teacher", "default"], f"teacher is '{default_checkpoint()}' .*, but cache .* was made with"),
         (["--teacher-resolution", "128"], "teacher_resolution is 128, but cache .* was made with 64"),
     ):
         assert main([*pretrain[:-1], str(tmp_path / "other"), *flags]) == 2

@@ -264,8 +264,11 @@ def test_an_encoder_that_does_not_fit_is_refused() -> None:
     wide = EfficientSamConfig(vision_config={**VISION, "hidden_size": 32}, **parts)
     with pytest.raises(ValueError, match="does not fit config.vision_config"):
         EfficientSamModel.from_sami(tiny_model(), wide)
-    with pytest.raises(ValueError, match="expected a SamiForPreTraining"):
+    with pytest.raises(ValueError, match="model_type 'efficientsam', expected a SamiForPreTraining"):
         EfficientSamModel.from_sami(EfficientSamModel(wide))
+    other_heads = EfficientSamConfig(vision_config={**VISION, "num_attention_heads": 4}, **parts)
+    with pytest.raises(ValueError, match="num_attention_heads is 4, but the encoder of source has 2"):
+        EfficientSamModel.from_sami(tiny_model(), other_heads)
 
 
 def test_saved_folders_carry_what_they_need(tmp_path: Path) -> None:
@@ -319,7 +322,11 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
         model = tiny_model().train()
         if checkpointed:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        calls = []
+        for layer in (model.vision_encoder.layers[0].mlp, model.decoder.layers[0].mlp):
+            layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         model(**example()).loss.backward()
+        assert len(calls) == (4 if checkpointed else 2)  # once more in the backward pass
         gradients.append(model.decoder.layers[0].attention.q_proj.weight.grad)
     torch.testing.assert_close(*gradients)
 

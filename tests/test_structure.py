@@ -20,6 +20,7 @@ LEVELS = {
     "metrics": 1,
     "visualization": 1,
     "files": 1,
+    "identity": 1,
     "machine": 1,
     "data": 2,
     "training": 3,

@@ -2,8 +2,10 @@
 """Teachers: tiny untrained models of each family, from a folder, against their own calls."""
 
 import json
+import shutil
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,6 +31,7 @@ from efficientsam_hf import (
     EfficientSamImageProcessor,
     EfficientSamModel,
     EfficientSamProcessor,
+    EfficientSamVisionModel,
     SamiConfig,
     SamiForPreTraining,
 )
@@ -103,7 +106,7 @@ def normalized(images: torch.Tensor) -> torch.Tensor:
 def test_features_are_the_models_own(folders: Path, name: str, size: int, width: int) -> None:
     teacher = load_teacher(str(folders / name))
     assert (teacher.resolution, teacher.patch_size, teacher.width, teacher.mean) == (size, 16, width, tuple(MEAN))
-    assert teacher.revision is None and not any(p.requires_grad for p in teacher.model.parameters())
+    assert teacher.revision.startswith("sha256:") and not any(p.requires_grad for p in teacher.model.parameters())
     images = torch.rand(2, 3, size, size)
     features = teacher.features(images, (size // 16, size // 16))
     assert features.shape == (2, (size // 16) ** 2, width) and features.dtype == torch.float32
@@ -135,7 +138,57 @@ def test_another_resolution(folders: Path, name: str) -> None:
     expected = F.interpolate(maps, (4, 4), mode="bilinear", antialias=True).flatten(2).transpose(1, 2)
     torch.testing.assert_close(resampled, expected)
     swapped = torch.cat([images[..., 64:], images[..., :64]], dim=-1)
-    assert (teacher.features(swapped, (8, 8)) - own).abs().max() > 1e-4
+    moved = teacher.features(swapped, (8, 8)).unflatten(1, (8, 8)).roll(4, dims=2).flatten(1, 2)
+    if name != "dinov3":  # whose rotations by position weigh nothing in an untrained model
+        assert (moved - own).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_sam_at_another_size_is_sam_of_that_size(folders: Path) -> None:
+    small = SamVisionModel.from_pretrained(folders / "sam_vision")
+    large = SamVisionModel(SamVisionConfig(**SAM | {"image_size": 128}))
+    state = small.state_dict()
+    table = state["vision_encoder.pos_embed"].permute(0, 3, 1, 2)
+    state["vision_encoder.pos_embed"] = F.interpolate(table, (8, 8), mode="bicubic").permute(0, 2, 3, 1)
+    for name, value in large.state_dict().items():  # of layers with global attention
+        if "rel_pos" in name and state[name].shape != value.shape:
+            resized = F.interpolate(state[name].T[None], len(value), mode="linear")[0].T
+            state[name] = resized
+    large.load_state_dict(state)
+    images = torch.rand(1, 3, 128, 128)
+    features = load_teacher(str(folders / "sam_vision"), resolution=128).features(images, (8, 8))
+    expected = large.eval()(normalized(images)).last_hidden_state.flatten(2).transpose(1, 2)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_the_students_autocast_is_not_the_teachers(folders: Path) -> None:
+    teacher, images = load_teacher(str(folders / "dinov2")), torch.rand(1, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = teacher.features(images, (4, 4))
+    assert torch.equal(inside, teacher.features(images, (4, 4)))
+
+
+def test_an_image_encoder_of_ours(folders: Path, tmp_path: Path) -> None:
+    """Saved without its prompts it gives the same embeddings."""
+    EfficientSamVisionModel.from_pretrained(folders / "efficientsam").save_pretrained(tmp_path)
+    images = torch.rand(1, 3, 64, 64)
+    alone = load_teacher(str(tmp_path), mean=tuple(MEAN), std=tuple(STD))
+    torch.testing.assert_close(
+        alone.features(images, (4, 4)), load_teacher(str(folders / "efficientsam")).features(images, (4, 4))
+    )
+
+
+def test_a_teacher_of_the_hub_is_its_commit(folders: Path, tmp_path: Path, monkeypatch) -> None:
+    """Two commits in the cache of the Hub, read without a connection."""
+    commits = {"main": "a" * 40, "v2": "b" * 40}
+    repository = tmp_path / "models--some--vit"
+    (repository / "refs").mkdir(parents=True)
+    for branch, commit in commits.items():
+        (repository / "refs" / branch).write_text(commit)
+        shutil.copytree(folders / "vit", repository / "snapshots" / commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for branch, commit in (*commits.items(), (None, commits["main"]), (commits["v2"], commits["v2"])):
+        assert load_teacher("some/vit", revision=branch).revision == commit
 
 
 def test_half_precision(folders: Path) -> None:
@@ -164,6 +217,9 @@ def test_bad_teachers_are_named(folders: Path, tmp_path: Path) -> None:
     models()["vit"].save_pretrained(tmp_path / "bare")
     with pytest.raises(OSError, match="image processor"):
         load_teacher(str(tmp_path / "bare"))
+    (tmp_path / "bare" / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no image_mean and image_std"):
+        load_teacher(str(tmp_path / "bare"))
     assert load_teacher(str(tmp_path / "bare"), mean=(0.5,) * 3, std=(0.5,) * 3).std == (0.5,) * 3
 
 
@@ -175,6 +231,6 @@ def test_bad_images_and_features_are_named(folders: Path) -> None:
     images[1, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="features of image 1 of the batch are not finite"):
         teacher.features(images, (4, 4))
-    pooled = Teacher(teacher.model, "pooled", teacher.mean, teacher.std, 64, 4, 32)
-    with pytest.raises(ValueError, match="no vector for each of its 16 x 16 patches"):
+    pooled = Teacher(teacher.model, "pooled", teacher.mean, teacher.std, 64, 4, 32, "none")
+    with pytest.raises(ValueError, match="no vector of 32 channels for each of its 16 x 16 patches"):
         pooled.features(torch.rand(1, 3, 64, 64), (4, 4))

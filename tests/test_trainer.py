@@ -29,6 +29,7 @@ from efficientsam_hf.training.run_folder import open_run
 from efficientsam_hf.training.schedule import (
     Due,
     Stage,
+    decay_progress,
     learning_rate_factor,
     parse_stages,
     run_progress,
@@ -443,6 +444,8 @@ def test_schedules() -> None:
     assert learning_rate_factor("cosine", 99, 10, 0.5, 0.0) == pytest.approx(0.5)
     assert learning_rate_factor("linear", 99, 10, 1.0, 0.1) == pytest.approx(0.1)
     assert learning_rate_factor("constant", 99, 0, 0.7, 0.0) == 1
+    assert [decay_progress(p, 20, 100) for p in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0, 0, 0.5, 1])
+    assert decay_progress(0.3, 20, None) == decay_progress(0.3, 20, 10) == 0.3
 
 
 def test_due() -> None:

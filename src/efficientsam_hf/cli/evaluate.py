@@ -260,13 +260,15 @@ def _protocol(args: argparse.Namespace) -> dict[str, Any]:
 
 def _describe_run(args: argparse.Namespace, name: str | None, model: Any) -> dict[str, Any]:
     """Command, model, date, machine and versions, so that the numbers can be repeated."""
+    from .. import default_checkpoint
+    from ..identity import model_revision
     from ..machine import describe_machine, describe_versions
 
     parameter = next(model.parameters())
     return {
         "command": shlex.join(["efficientsam", *args.argv]),
         "model": name or "default checkpoint",
-        "revision": getattr(model.config, "_commit_hash", None),  # of the Hub, None for a folder
+        "revision": model_revision(str(name or default_checkpoint())),
         "protocol": _protocol(args),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

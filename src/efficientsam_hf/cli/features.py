@@ -11,8 +11,8 @@ from .loading import DTYPES, join_processes, pick_device
 
 DESCRIPTION = """\
 Write a cache of a teacher's features, for `efficientsam pretrain --train-features CACHE`. With --crops K it holds K
-random parts of every picture, each seen by the teacher as the paper's teacher sees it, though the parts repeat after K
-epochs; without, the features of whole pictures, of which pretraining takes what lies at the place of a fresh part.
+random parts of every picture, each seen by the teacher as the paper's teacher sees it, though there are no others;
+without, the features of whole pictures, of which pretraining takes what lies at the place of a fresh part.
 
   efficientsam features --teacher facebook/sam-vit-huge --teacher-resolution 224 --images imagenet/train \\
     --crops 20 --output caches/sam_h
@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
         dtype=getattr(torch, args.dtype),
     )
     if args.check:
-        difference = check_cache(args.output, samples, teacher, args.check, args.seed)
-        print(f"{args.check} records computed again: largest difference {difference:.3g}")
+        count, difference = check_cache(args.output, samples, teacher, args.check, args.seed)
+        print(f"{count} records computed again: largest difference {difference:.3g}")
         return 0
     return _write(args, samples, teacher)
 
@@ -112,32 +112,25 @@ def _write(args: argparse.Namespace, samples: Any, teacher: Any) -> int:
     from tqdm import tqdm
 
     from ..data.crops import RandomCrop
-    from ..data.feature_cache import CacheIndex, FeatureCache, write_cache
-    from ..evaluation.processes import is_main, own_share
+    from ..data.feature_cache import FeatureCache, describe, write_cache
+    from ..evaluation.processes import collect, is_main, own_share
 
     side = args.grid or (14 if args.crops else teacher.resolution // teacher.patch_size)
-    index = CacheIndex(
-        teacher=teacher.name,
-        revision=teacher.revision,
-        resolution=teacher.resolution,
-        width=teacher.width,
-        grid=(side, side),
-        images=len(samples),
-        crops=args.crops,
-        crop=RandomCrop(args.crop_min_scale, args.crop_max_scale, args.horizontal_flip),
-        seed=args.seed,
+    crop = RandomCrop(args.crop_min_scale, args.crop_max_scale, args.horizontal_flip)
+    index = describe(
+        samples, teacher, grid=(side, side), crops=args.crops, crop=crop, seed=args.seed,
         records_per_shard=args.shard_size,
-    )
+    )  # fmt: skip
     share = own_share(index.shards)
-    shards = write_cache(args.output, index, samples, teacher, share.start, share.step, args.batch_size, args.workers)
-    with tqdm(total=index.records, unit="record", desc="features", disable=not is_main()) as bar:
-        for _, count in shards:
-            bar.update(count * share.step)
-    if share.step == 1:
+    done = write_cache(args.output, index, samples, teacher, share.start, share.step, args.batch_size, args.workers)
+    own = sum(len(index.records_of(number)) for number in share)
+    with tqdm(total=own, unit="record", desc="features", disable=not is_main()) as bar:
+        for count in done:
+            bar.update(count)
+    collect([])  # all are done
+    if is_main():
         problems = FeatureCache(args.output).problems()
-        print(
-            f"wrote {args.output}: {index.records} records in {index.shards} shards, {len(problems)} pictures unread"
-        )
+        print(f"wrote {args.output}: {index.records} records, {index.shards} shards, {len(problems)} pictures unread")
         for number, reason in list(problems.items())[:10]:
             print(f"  picture {number}: {reason}")
     return 0

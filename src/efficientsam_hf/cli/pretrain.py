@@ -3,6 +3,7 @@
 
 import argparse
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from .running import add_fields, run_training, trainer_class
@@ -77,7 +78,10 @@ def build_student(arguments: Any, target_width: int) -> Any:
         model_type = SamiConfig.get_config_dict(arguments.model)[0].get("model_type")
         if model_type != SamiConfig.model_type:
             raise ValueError(f"model: {arguments.model} is of model_type {model_type!r}, not a SAMI model")
+        if arguments.overrides():
+            raise ValueError("model_overrides is for presets (ti, s, b); a checkpoint keeps its config")
         model = SamiForPreTraining.from_pretrained(arguments.model, dtype=torch.float32)
+        model.config.vision_config.image_size = arguments.stages()[-1].image_size
         _check_same(model.config, fields, arguments.model)
     if arguments.gradient_checkpointing:
         # transformers 5.23 renames it
@@ -127,17 +131,23 @@ def _cache(arguments: Any) -> Any:
     if not arguments.train_features:
         return None
     from ..data.feature_cache import FeatureCache
+    from ..identity import model_revision
 
     cache = FeatureCache(arguments.train_features)
     index = cache.index
-    for name, field in (
-        ("teacher", "teacher"),
-        ("revision", "teacher_revision"),
-        ("resolution", "teacher_resolution"),
-    ):
-        wanted, own = getattr(arguments, field), getattr(index, name)
-        if wanted is not None and teacher_name(wanted) != own:
-            raise ValueError(f"{field} is {wanted!r}, but cache {cache.folder} was made with {own!r}")
+    if arguments.teacher is not None:
+        name = teacher_name(arguments.teacher)
+        revision = model_revision(name, arguments.teacher_revision)
+        if revision != index.revision:
+            raise ValueError(
+                f"teacher is {name!r} ({revision}), but cache {cache.folder} was made with {index.teacher!r} "
+                f"({index.revision})"
+            )
+    if arguments.teacher_resolution not in (None, index.resolution):
+        raise ValueError(
+            f"teacher_resolution is {arguments.teacher_resolution}, but cache {cache.folder} was made with "
+            f"{index.resolution}"
+        )
     for stage in arguments.stages() if index.crops else ():
         if index.grid != (stage.image_size // 16, stage.image_size // 16):
             raise ValueError(
@@ -152,11 +162,15 @@ def _source(arguments: Any, cache: Any) -> dict[str, Any]:
     from ..data import dataset_samples, images, sa1b
 
     if arguments.train_scenes and cache:
-        return {"samples": images.SceneImages(cache.index.images, arguments.seed, arguments.stages()[-1].image_size)}
+        if cache.index.scenes is None:
+            raise ValueError(f"train_scenes: cache {cache.folder} is of other pictures, {cache.index.pictures}")
+        return {"samples": images.SceneImages(cache.index.images, *cache.index.scenes)}
     if arguments.train_images:
         tars = sa1b.find_tars(arguments.train_images)
         if tars and (arguments.train_limit or cache):
             raise ValueError("train_limit and train_features are for pictures that are stored; tars are streamed")
+        if tars and any(path.suffix.lower() in images.ENDINGS for path in Path(arguments.train_images).rglob("*")):
+            raise ValueError(f"train_images: {arguments.train_images} holds tars and loose pictures; give one of them")
         if tars:
             return {"stream": images.stream_tars(tars), "read": images.read_row}
         return {"samples": images.ImageFolder(arguments.train_images)}

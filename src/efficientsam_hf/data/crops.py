@@ -64,16 +64,24 @@ def crop(image: Image.Image, box: Box, size: int, mirrored: bool) -> torch.Tenso
 def part_of_map(
     features: torch.Tensor, size: tuple[int, int], box: Box, mirrored: bool, grid: tuple[int, int]
 ) -> torch.Tensor:
-    """What a map of a whole picture has at the cells of a part of it: (C, r, r) -> (h * w, C), row by row.
+    """What a map of a whole picture has in the cells of a part of it: (C, r, r) -> (h * w, C), row by row.
 
     The map covers a picture of size (W, H) evenly; values between its cells' centres are interpolated, and at the
-    border the last ones stand for what lies beyond. `grid` is (h, w), the cells of the part.
+    border the last ones stand for what lies beyond. `grid` is (h, w), the cells of the part; one that is larger than
+    the map's own gets the mean of as many places as it covers cells of the map.
     """
     (width, height), (left, top, right, bottom) = size, box
-    y = (top + (torch.arange(grid[0]) + 0.5) / grid[0] * (bottom - top)) / height * 2 - 1
-    x = (left + (torch.arange(grid[1]) + 0.5) / grid[1] * (right - left)) / width * 2 - 1
+    y, rows = _places(top, bottom, height, grid[0], features.shape[1])
+    x, columns = _places(left, right, width, grid[1], features.shape[2])
     places = torch.stack(torch.broadcast_tensors(x.flip(0) if mirrored else x, y[:, None]), dim=-1)
     sampled = F.grid_sample(
         features[None].float(), places[None], mode="bilinear", padding_mode="border", align_corners=False
     )
-    return sampled[0].flatten(1).transpose(0, 1)
+    return F.avg_pool2d(sampled, (rows, columns))[0].flatten(1).transpose(0, 1)
+
+
+def _places(low: int, high: int, side: int, cells: int, map_cells: int) -> tuple[torch.Tensor, int]:
+    """Places in [-1, 1] along a side of the picture at which a part is sampled, and how many of them make a cell."""
+    each = max(1, math.ceil((high - low) / side * map_cells / cells))
+    fractions = (torch.arange(cells * each) + 0.5) / (cells * each)
+    return (low + fractions * (high - low)) / side * 2 - 1, each

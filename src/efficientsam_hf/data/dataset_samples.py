@@ -37,6 +37,10 @@ class DatasetSamples:
             raise IndexError(index)
         return {**read_row(self.dataset[index], self.image_column, self.masks_column), "image_id": index}
 
+    def fingerprint(self) -> str:
+        """What `datasets` knows the rows by; changes with their content and order."""
+        return f"data set {self.dataset._fingerprint}"
+
 
 def _check_columns(known: Any, image_column: str, masks_column: str | None) -> None:
     for argument, name in (("image_column", image_column), ("masks_column", masks_column)):

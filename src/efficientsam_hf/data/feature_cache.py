@@ -9,7 +9,7 @@ to make and without end, but the teacher never saw the part alone).
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,29 +21,35 @@ from safetensors.torch import save_file
 
 from ..files import write_file, write_json
 from .crops import Box, RandomCrop, crop, part_of_map
+from .images import SceneImages
 from .numbered_batches import ordered_batches
 from .teacher import Teacher
 
 
 INDEX = "index.json"
-WAYS_TO_DIFFER = "teacher revision resolution grid width images crops crop seed records_per_shard".split()
+HANDLES = 256  # open shards
 
 
 @dataclass(frozen=True)
 class CacheIndex:
     """What a cache holds: whose features, of which pictures, on which grid.
 
-    `grid` is (h, w), the cells of a part (or, with `crops` 0, of a whole picture); `images` the number of pictures;
-    part k of picture i is drawn by `crop` from (`seed`, i, k).
+    `teacher`, `revision`, `resolution`, `dtype` and `width` are those of a `Teacher` and its weights. `grid` is (h,
+    w), the cells of a part (or, with `crops` 0, of a whole picture). `images` is the number of pictures and `pictures`
+    a fingerprint of them; for generated scenes `scenes` is their seed and size. Part k of picture i is drawn by `crop`
+    from (`seed`, i, k).
     """
 
     teacher: str
-    revision: str | None
+    revision: str
     resolution: int
+    dtype: str
     width: int
     grid: tuple[int, int]
     images: int
+    pictures: str
     crops: int
+    scenes: tuple[int, int] | None = None
     crop: RandomCrop = field(default_factory=RandomCrop)
     seed: int = 0
     records_per_shard: int = 512
@@ -65,6 +71,11 @@ class CacheIndex:
         """Files of the whole cache."""
         return -(-self.records // self.records_per_shard)
 
+    def records_of(self, shard: int) -> range:
+        """Records that a shard holds."""
+        first = shard * self.records_per_shard
+        return range(first, min(first + self.records_per_shard, self.records))
+
     def part(self, record: int, size: tuple[int, int]) -> tuple[Box, bool]:
         """The part (left, top, right, bottom) of a picture of size (W, H) that a record is of; is it mirrored?"""
         if self.crops == 0:
@@ -79,18 +90,33 @@ class CacheIndex:
             raise FileNotFoundError(f"{folder} is no cache of features: it has no {INDEX}")
         try:
             content = json.loads(path.read_text())
-            return cls(**{**content, "grid": tuple(content["grid"]), "crop": RandomCrop(**content["crop"])})
+            scenes = content["scenes"] and tuple(content["scenes"])
+            crop = RandomCrop(**content["crop"])
+            return cls(**{**content, "grid": tuple(content["grid"]), "crop": crop, "scenes": scenes})
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"{path} is no index of a cache: {error}") from error
 
     def check_same(self, other: "CacheIndex", folder: str | Path) -> None:
         """ValueError that names how a cache in `folder`, described by this index, differs from what is wanted."""
-        differing = [name for name in WAYS_TO_DIFFER if getattr(self, name) != getattr(other, name)]
-        if differing:
-            changes = ", ".join(
-                f"{name} {getattr(self, name)!r} and not {getattr(other, name)!r}" for name in differing
-            )
+        names = [item.name for item in fields(self) if getattr(self, item.name) != getattr(other, item.name)]
+        if names:
+            changes = ", ".join(f"{name} {getattr(self, name)!r} and not {getattr(other, name)!r}" for name in names)
             raise ValueError(f"cache {folder} was made with {changes}")
+
+
+def describe(samples: Sequence[dict[str, Any]], teacher: Teacher, **rest: Any) -> CacheIndex:
+    """The index of a cache of these pictures by this teacher; `rest` are the fields about parts, grid and shards."""
+    return CacheIndex(
+        teacher=teacher.name,
+        revision=teacher.revision,
+        resolution=teacher.resolution,
+        dtype=str(next(teacher.model.parameters()).dtype).removeprefix("torch."),
+        width=teacher.width,
+        images=len(samples),
+        pictures=samples.fingerprint(),
+        scenes=(samples.seed, samples.image_size) if isinstance(samples, SceneImages) else None,
+        **rest,
+    )
 
 
 def write_cache(
@@ -102,12 +128,12 @@ def write_cache(
     processes: int = 1,
     batch_size: int = 16,
     workers: int = 0,
-) -> Iterator[tuple[int, int]]:
-    """Compute what is missing of a cache; yields (shard, its records) whenever a shard is complete.
+) -> Iterator[int]:
+    """Compute what is missing of a cache; yields numbers of records, as they are there or computed.
 
     Shards are shared between `processes`; those that exist are not made again, and a shard appears whole or not at
     all, so that a killed process loses what it had of one. Pictures that cannot be read are named in their shard and
-    have no record. Raises ValueError if the folder holds another cache, or if a teacher's feature is not finite, with
+    have no record. Raises ValueError if the folder holds another cache, and if a teacher's feature is not finite, with
     the picture's name.
     """
     folder = Path(folder)
@@ -115,13 +141,24 @@ def write_cache(
     if (folder / INDEX).is_file():
         CacheIndex.read(folder).check_same(index, folder)
     elif rank == 0:
+        if processes == 1 and any(folder.glob("features-*")):  # of several, another may be faster than this one
+            raise ValueError(f"{folder} holds features, but no {INDEX} that says whose; choose another folder")
         write_json(folder / INDEX, asdict(index))
     missing = [n for n in range(rank, index.shards, processes) if not shard_path(folder, n).is_file()]
-    for number in missing:
-        first = number * index.records_per_shard
-        records = range(first, min(first + index.records_per_shard, index.records))
-        write_shard(shard_path(folder, number), _compute(index, samples, teacher, records, batch_size, workers))
-        yield number, len(records)
+    yield sum(len(index.records_of(n)) for n in range(rank, index.shards, processes) if n not in set(missing))
+    shard = _Shard()
+    groups = [group for number in missing for group in _groups(index.records_of(number), batch_size)]
+    for batch in ordered_batches(_Parts(index, samples), groups, workers):
+        shard.add(batch, teacher, index.grid)
+        yield len(batch["asked"])
+        number, last = batch["asked"][-1] // index.records_per_shard, batch["asked"][-1]
+        if last == index.records_of(number)[-1]:
+            shard.write(shard_path(folder, number), index)
+            shard = _Shard()
+
+
+def _groups(records: range, batch_size: int) -> list[range]:
+    return [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -129,29 +166,31 @@ def shard_path(folder: Path, number: int) -> Path:
     return folder / f"features-{number:06d}.safetensors"
 
 
-def write_shard(path: Path, content: dict[str, Any]) -> None:
-    """Write features (n, h * w, C) float16, records (n,) int64, and the names of pictures and problems."""
-    tensors = {name: content[name] for name in ("features", "records")}
-    names = {name: json.dumps(content[name]) for name in ("image_ids", "problems")}
-    write_file(path, lambda temporary: save_file(tensors, temporary, metadata=names))
+class _Shard:
+    """What is computed of a shard so far."""
 
+    def __init__(self) -> None:
+        self.features: list[torch.Tensor] = []
+        self.records: list[int] = []
+        self.image_ids: list[str] = []
+        self.problems: dict[str, str] = {}
 
-def _compute(index, samples, teacher, records, batch_size, workers) -> dict[str, Any]:
-    """The content of a shard, as `write_shard` takes it."""
-    content: dict[str, Any] = {"features": [], "records": [], "image_ids": [], "problems": {}}
-    parts = _Parts(index, samples, teacher.resolution)
-    groups = [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
-    for batch in ordered_batches(parts, groups, workers):
-        content["problems"] |= batch["problems"]
-        if len(batch["records"]):
-            content["features"].append(_half_features(teacher, batch, index.grid))
-            content["records"] += batch["records"]
-            content["image_ids"] += batch["image_ids"]
-    cells = index.grid[0] * index.grid[1]
-    empty = torch.zeros(0, cells, index.width, dtype=torch.float16)
-    content["features"] = torch.cat([empty, *content["features"]])
-    content["records"] = torch.tensor(content["records"], dtype=torch.int64)
-    return content
+    def add(self, batch: dict[str, Any], teacher: Teacher, grid: tuple[int, int]) -> None:
+        self.problems |= batch["problems"]
+        if batch["records"]:
+            self.features.append(_half_features(teacher, batch, grid))
+            self.records += batch["records"]
+            self.image_ids += batch["image_ids"]
+
+    def write(self, path: Path, index: CacheIndex) -> None:
+        """Features (n, h * w, C) float16, records (n,) int64; names of pictures and problems as metadata."""
+        empty = torch.zeros(0, index.grid[0] * index.grid[1], index.width, dtype=torch.float16)
+        tensors = {
+            "features": torch.cat([empty, *self.features]),
+            "records": torch.tensor(self.records, dtype=torch.int64),
+        }
+        names = {"image_ids": json.dumps(self.image_ids), "problems": json.dumps(self.problems)}
+        write_file(path, lambda temporary: save_file(tensors, temporary, metadata=names))
 
 
 def _half_features(teacher: Teacher, batch: dict[str, Any], grid: tuple[int, int]) -> torch.Tensor:
@@ -173,10 +212,9 @@ class _Parts:
 
     index: CacheIndex
     samples: Sequence[dict[str, Any]]
-    resolution: int
 
     def __call__(self, records: Sequence[int]) -> dict[str, Any]:
-        result: dict[str, Any] = {"images": [], "records": [], "image_ids": [], "problems": {}}
+        result: dict[str, Any] = {"asked": list(records), "images": [], "records": [], "image_ids": [], "problems": {}}
         last, sample = None, None
         for record in records:
             number = record // max(self.index.crops, 1)
@@ -184,7 +222,7 @@ class _Parts:
                 last, sample = number, self._read(number, result["problems"])
             if sample is not None:
                 box, mirrored = self.index.part(record, sample["image"].size)
-                result["images"].append(crop(sample["image"], box, self.resolution, mirrored))
+                result["images"].append(crop(sample["image"], box, self.index.resolution, mirrored))
                 result["records"].append(record)
                 result["image_ids"].append(str(sample.get("image_id", number)))
         if result["images"]:
@@ -215,15 +253,13 @@ class FeatureCache:
                 f"is {shard_path(self.folder, missing[0]).name}; run the command that makes it again"
             )
 
-    def features(self, record: int) -> tuple[torch.Tensor, str]:
-        """(h * w, C) float16 and the id of the picture; ValueError for a picture that could not be read."""
-        path = shard_path(self.folder, record // self.index.records_per_shard)
-        rows, image_ids = _shard_rows(path)
-        row = rows.get(record)
-        if row is None:
+    def features(self, record: int) -> torch.Tensor:
+        """(h * w, C) float16; ValueError for a picture that could not be read."""
+        file, records = _open_shard(shard_path(self.folder, record // self.index.records_per_shard))
+        row = int(np.searchsorted(records, record))
+        if row == len(records) or records[row] != record:
             raise ValueError(f"cache {self.folder} has no features of record {record}: its picture could not be read")
-        with safe_open(path, "pt") as file:
-            return file.get_slice("features")[row], image_ids[row]
+        return file.get_slice("features")[row]
 
     def problems(self) -> dict[str, str]:
         """Pictures that could not be read, by their number."""
@@ -234,12 +270,11 @@ class FeatureCache:
         return result
 
 
-@lru_cache(maxsize=4096)
-def _shard_rows(path: Path) -> tuple[dict[int, int], list[str]]:
-    """Row of each record of a shard, and the pictures' ids by row."""
-    with safe_open(path, "pt") as file:
-        records = file.get_tensor("records").tolist()
-        return {record: row for row, record in enumerate(records)}, json.loads(file.metadata()["image_ids"])
+@lru_cache(maxsize=HANDLES)
+def _open_shard(path: Path) -> tuple[Any, np.ndarray]:
+    """A shard to read from, and the record of each of its rows, ascending."""
+    file = safe_open(path, "pt").__enter__()
+    return file, file.get_tensor("records").numpy()
 
 
 @dataclass(frozen=True)
@@ -247,7 +282,8 @@ class CachedSamples:
     """Pictures with their cached features: item i is a sample with "part", the function that gives a part of it.
 
     `part(generator, grid)` -> (box, mirrored, features (h * w, C) float32): one of the cached parts, or a fresh part
-    and the features at its place. Raises ValueError if the pictures are not those of the cache.
+    and the features at its place. Raises ValueError if the pictures are not those of the cache, or `crops` not what
+    its parts were drawn by.
     """
 
     samples: Sequence[dict[str, Any]]
@@ -255,18 +291,18 @@ class CachedSamples:
     crops: RandomCrop
 
     def __post_init__(self):
-        if len(self.samples) != self.cache.index.images:
-            raise ValueError(
-                f"cache {self.cache.folder} is of {self.cache.index.images} pictures, but there are "
-                f"{len(self.samples)}"
-            )
+        index = self.cache.index
+        own = replace(index, images=len(self.samples), pictures=self.samples.fingerprint())
+        if index.crops:  # the parts that are there, and no others
+            own = replace(own, crop=self.crops)
+        index.check_same(own, self.cache.folder)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         sample = self.samples[number]
-        return {**sample, "part": _PartOf(self.cache, self.crops, number, sample)}
+        return {**sample, "part": _PartOf(self.cache, self.crops, number, sample["image"].size)}
 
 
 @dataclass(frozen=True)
@@ -274,46 +310,35 @@ class _PartOf:
     cache: FeatureCache
     crops: RandomCrop
     number: int
-    sample: dict[str, Any]
+    size: tuple[int, int]
 
     def __call__(self, generator: np.random.Generator, grid: tuple[int, int]) -> tuple[Box, bool, torch.Tensor]:
-        index, size = self.cache.index, self.sample["image"].size
+        index = self.cache.index
         if index.crops:
             record = self.number * index.crops + int(generator.integers(index.crops))
-            return *index.part(record, size), self._features(record).float()
-        box, mirrored = self.crops.draw(size, generator)
-        maps = self._features(self.number).T.unflatten(1, index.grid)
-        return box, mirrored, part_of_map(maps, size, box, mirrored, grid)
-
-    def _features(self, record: int) -> torch.Tensor:
-        features, image_id = self.cache.features(record)
-        own = str(self.sample.get("image_id", self.number))
-        if image_id != own:
-            raise ValueError(
-                f"cache {self.cache.folder} has {image_id!r} as picture {self.number}, here it is {own!r}"
-            )
-        return features
+            return *index.part(record, self.size), self.cache.features(record).float()
+        box, mirrored = self.crops.draw(self.size, generator)
+        maps = self.cache.features(self.number).T.unflatten(1, index.grid)
+        return box, mirrored, part_of_map(maps, self.size, box, mirrored, grid)
 
 
 def check_cache(
     folder: str | Path, samples: Sequence[dict[str, Any]], teacher: Teacher, count: int, seed: int = 0
-) -> float:
-    """Compute `count` random records again and return the largest absolute difference to what is stored.
+) -> tuple[int, float]:
+    """Compute up to `count` random records again: how many, and the largest absolute difference to what is stored.
 
     Raises ValueError if the cache is another teacher's or other pictures'.
     """
     cache = FeatureCache(folder)
     index = cache.index
-    own = replace(index, teacher=teacher.name, revision=teacher.revision, resolution=teacher.resolution)
-    index.check_same(replace(own, width=teacher.width, images=len(samples)), folder)
+    names = ("grid", "crops", "crop", "seed", "records_per_shard")
+    index.check_same(describe(samples, teacher, **{name: getattr(index, name) for name in names}), folder)
     problems = cache.problems()
     good = [r for r in range(index.records) if str(r // max(index.crops, 1)) not in problems]
+    chosen = np.random.default_rng(seed).permutation(good)[:count].tolist()
     largest = 0.0
-    for record in np.random.default_rng(seed).permutation(good)[:count].tolist():
-        batch = _Parts(index, samples, teacher.resolution)([record])
-        stored, image_id = cache.features(record)
-        if batch["image_ids"] != [image_id]:
-            raise ValueError(f"cache {folder} has {image_id!r} in record {record}, here it is {batch['image_ids']}")
+    for record in chosen:
+        batch = _Parts(index, samples)([record])
         again = teacher.features(batch["images"], index.grid)[0].cpu()
-        largest = max(largest, (again - stored.float()).abs().max().item())
-    return largest
+        largest = max(largest, (again - cache.features(record).float()).abs().max().item())
+    return len(chosen), largest

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures without annotations, to pretrain on: in folders, in tars that are streamed, or generated."""
 
+import hashlib
 import io
 import tarfile
 from collections.abc import Iterator
@@ -32,14 +33,21 @@ class ImageFolder:
             raise FileNotFoundError(f"image folder {self.folder} does not exist or is not a folder")
         self._files = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in ENDINGS)
         if not self._files:
-            raise ValueError(f"image folder {self.folder} holds no pictures ({', '.join(ENDINGS)}) and no tars")
+            raise ValueError(f"image folder {self.folder} holds no pictures ({', '.join(ENDINGS)})")
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path = self._files[index]
-        return {"image": open_image(path), "image_id": path.relative_to(self.folder).as_posix()}
+        return {"image": open_image(self._files[index]), "image_id": self._name(index)}
+
+    def _name(self, index: int) -> str:
+        return self._files[index].relative_to(self.folder).as_posix()
+
+    def fingerprint(self) -> str:
+        """Changes with the names of the files, and with nothing else."""
+        names = "\n".join(self._name(index) for index in range(len(self)))
+        return f"{len(self)} files, sha256:{hashlib.sha256(names.encode()).hexdigest()[:16]}"
 
 
 def stream_tars(tars: list[Path]) -> Any:
@@ -77,7 +85,7 @@ def _read_tars(tars: list[str]) -> Iterator[dict[str, Any]]:
 class SceneImages:
     """The first `count` generated scenes of a seed, at one size, each rendered when it is asked for.
 
-    Item i is {"image": RGB `PIL.Image`, "image_id": seed, number and size}.
+    Item i is {"image": RGB `PIL.Image`, "image_id": its number}.
     """
 
     def __init__(self, count: int, seed: int, image_size: int) -> None:
@@ -94,5 +102,8 @@ class SceneImages:
             raise IndexError(index)
         scene = render_scenes(self.bank, torch.tensor([index]), seed=self.seed, image_size=self.image_size)
         pixels = (scene.images[0] * 255).round().byte().permute(1, 2, 0).numpy()
-        name = f"scene {index} of seed {self.seed} at {self.image_size} pixels"
-        return {"image": Image.fromarray(pixels), "image_id": name}
+        return {"image": Image.fromarray(pixels), "image_id": str(index)}
+
+    def fingerprint(self) -> str:
+        """Seed and size."""
+        return f"scenes of seed {self.seed} at {self.image_size} pixels"

@@ -3,6 +3,7 @@
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_outputs import BaseModelOutput
 
+from ..identity import model_revision
 from ..models.modeling_efficientsam_vision import EfficientSamVisionModel
 from ..models.modeling_sami import SamiForPreTraining
 
@@ -23,8 +25,9 @@ PARTS = ("vision_model", "vision_encoder")  # where models of two modalities, an
 class Teacher:
     """A frozen encoder with the normalisation and resolution of its input.
 
-    `name` and `revision` (the commit on the Hub, None for a folder) say which it is; `resolution` is the side of its
-    input in pixels, `patch_size` that of its patches, `width` the channels of its features.
+    `name` and `revision` (the commit on the Hub, or "sha256:..." of a folder) say which it is; `resolution` is the
+    side of its input in pixels, `patch_size` that of its patches, `width` the channels of its features. They are
+    computed in the dtype of its weights, also where the student's forward runs under autocast.
     """
 
     model: nn.Module
@@ -34,7 +37,7 @@ class Teacher:
     resolution: int
     patch_size: int
     width: int
-    revision: str | None = None
+    revision: str
 
     def __deepcopy__(self, memo: dict) -> "Teacher":
         """Nothing changes a teacher, so copies of what holds one share it."""
@@ -56,7 +59,8 @@ class Teacher:
         weights = next(self.model.parameters())
         images = images.to(weights.device, torch.float32)
         mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        maps = self._maps(((images - mean) / std).to(weights.dtype))
+        with torch.autocast(weights.device.type, enabled=False):
+            maps = self._maps(((images - mean) / std).to(weights.dtype))
         if maps.shape[2:] != tuple(grid):
             maps = F.interpolate(maps, grid, mode="bilinear", antialias=True, align_corners=False)
         if check and not maps.isfinite().all():
@@ -71,13 +75,14 @@ class Teacher:
         outputs = self.model(pixel_values, **({"interpolate_pos_encoding": True} if asks else {}))
         features = outputs.last_hidden_state.float()
         side = self.resolution // self.patch_size
-        if features.ndim == 3 and features.shape[1] >= side * side:  # CLS and register tokens come first
+        tokens = features.ndim == 3 and features.shape[1] >= side * side and features.shape[2] == self.width
+        if tokens:  # CLS and register tokens come first
             return features[:, -side * side :].transpose(1, 2).unflatten(2, (side, side))
         if features.ndim == 4 and features.shape[1] == self.width:
             return features
         raise ValueError(
-            f"teacher {self.name}: features of shape {tuple(features.shape)} are no vector for each of its {side} x "
-            f"{side} patches"
+            f"teacher {self.name}: features of shape {tuple(features.shape)} are no vector of {self.width} channels "
+            f"for each of its {side} x {side} patches"
         )
 
 
@@ -94,14 +99,16 @@ def load_teacher(
 
     `resolution` is that of its training unless it is given; position tables are resized for another one. For SAM the
     paper leaves it open: 224 makes SAM's own grid the student's, 1024 is what SAM was made for. `mean` and `std` are
-    those of its image processor unless they are given. Of an EfficientSAM it is the image embeddings, of a SAMI model
-    the encoder's tokens after the final norm.
+    those of its image processor unless they are given. Features are the encoder's `last_hidden_state`, without CLS and
+    register tokens: of SAM and EfficientSAM the image embeddings, of a SAMI model the tokens after its final norm, of
+    CLIP the tokens before its last norm, which is for the CLS token alone.
 
     Raises ValueError if the resolution does not fit its patches or the model is no vision transformer, and OSError if
     there is no such model or no normalisation beside it.
     """
+    commit = model_revision(name, revision)
+    revision = None if Path(name).is_dir() else commit  # of all that is loaded
     config = AutoConfig.from_pretrained(name, revision=revision)
-    commit = getattr(config, "_commit_hash", None)
     vision = getattr(config, "vision_config", config)
     own_size, patch_size = (_side(getattr(vision, field, None)) for field in ("image_size", "patch_size"))
     if not own_size or not patch_size:
@@ -111,7 +118,9 @@ def load_teacher(
         raise ValueError(f"resolution is {resolution}, expected a multiple of the patches of {name}, {patch_size}")
     if mean is None or std is None:
         processor = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)[0]
-        mean, std = mean or tuple(processor["image_mean"]), std or tuple(processor["image_std"])
+        mean, std = mean or processor.get("image_mean"), std or processor.get("image_std")
+    if not mean or not std:
+        raise ValueError(f"teacher {name}: its image processor has no image_mean and image_std")
     model = _load_encoder(name, config.model_type, revision, dtype)
     if getattr(getattr(model, "pos_embed", None), "ndim", 0) == 4:  # SAM
         _resize_positions(model, resolution // patch_size, patch_size)
@@ -132,7 +141,7 @@ def _load_encoder(name: str, model_type: str, revision: str | None, dtype: torch
     options: dict[str, Any] = {"revision": revision, **({"dtype": dtype} if dtype else {})}
     if model_type == "sami":
         return _SamiTokens(SamiForPreTraining.from_pretrained(name, **options))
-    if model_type == "efficientsam":
+    if model_type.startswith("efficientsam"):
         return EfficientSamVisionModel.from_pretrained(name, **options)
     model = AutoModel.from_pretrained(name, **options)
     return next((getattr(model, part) for part in PARTS if hasattr(model, part)), model)

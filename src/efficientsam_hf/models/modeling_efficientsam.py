@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoModelForPreTraining
+from transformers import AutoConfig, AutoModelForPreTraining
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
@@ -456,13 +456,18 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         encoder is that of the source at 1024 pixels. Every weight of the encoder is taken; ValueError if those of the
         source are not exactly the ones that `config` describes.
         """
+        found = source.config if isinstance(source, PreTrainedModel) else AutoConfig.from_pretrained(source, **kwargs)
+        if found.model_type != "sami":
+            raise ValueError(f"source is of model_type {found.model_type!r}, expected a SamiForPreTraining")
         if not isinstance(source, PreTrainedModel):
             source = AutoModelForPreTraining.from_pretrained(source, **kwargs)
-        if getattr(source.config, "model_type", None) != "sami":
-            raise ValueError(f"source is a {type(source).__name__}, expected a SamiForPreTraining")
         if config is None:
             vision = {**source.config.vision_config.to_dict(), "image_size": 1024, "output_channels": 256}
             config = EfficientSamConfig(vision_config=vision)
+        for name in ("num_attention_heads", "hidden_act", "layer_norm_eps"):  # which no weight's shape tells
+            own, theirs = getattr(config.vision_config, name), getattr(source.config.vision_config, name)
+            if own != theirs:
+                raise ValueError(f"config.vision_config.{name} is {own!r}, but the encoder of source has {theirs!r}")
         model = cls(config)
         try:
             model.vision_encoder.load_state_dict(source.vision_encoder.state_dict())

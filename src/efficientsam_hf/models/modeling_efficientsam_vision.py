@@ -261,14 +261,14 @@ class EfficientSamPreTrainedModel(PreTrainedModel):
             init.copy_(module.position_embeddings, F.pad(table, (0, 0, 1, 0)).unsqueeze(0))
 
 
-def sine_cosine_table(height: int, width: int, channels: int) -> torch.Tensor:
+def sine_cosine_table(height: int, width: int, channels: int, device: torch.device | None = None) -> torch.Tensor:
     """Sines and cosines of the places in a grid (MAE, section 3): -> (height * width, channels), float32, row by row.
 
     x is in the first half of the channels, y in the second; what is left of four equal parts is zero.
     """
     quarter = channels // 4
-    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float32) / quarter)
-    angles = torch.arange(max(height, width), dtype=torch.float32)[:, None] * frequencies
+    frequencies = 10000.0 ** -(torch.arange(quarter, dtype=torch.float32, device=device) / quarter)
+    angles = torch.arange(max(height, width), dtype=torch.float32, device=device)[:, None] * frequencies
     line = torch.cat([angles.sin(), angles.cos()], dim=1)
     x, y = line[None, :width].expand(height, -1, -1), line[:height, None].expand(-1, width, -1)
     return F.pad(torch.cat([x, y], dim=-1).flatten(0, 1), (0, channels - 4 * quarter))

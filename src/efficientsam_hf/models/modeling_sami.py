@@ -147,7 +147,7 @@ class SamiDecoder(nn.Module):
         """CLS token and visible tokens (B, 1 + V, D), (B, N) -> (B, N, C) in the order of the image."""
         embedded = self.embed(encoded)
         cls_token, visible = embedded[:, :1], embedded[:, 1:]
-        positions = sine_cosine_table(*grid_size, embedded.shape[-1]).to(embedded.device, embedded.dtype)
+        positions = sine_cosine_table(*grid_size, embedded.shape[-1], embedded.device).to(embedded.dtype)
         shuffled = positions[ids_restore.argsort(1)]
         masked = self.mask_token.to(embedded.dtype) + shuffled[:, visible.shape[1] :]
         anchors = visible + shuffled[:, : visible.shape[1]]

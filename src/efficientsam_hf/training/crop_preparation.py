@@ -22,18 +22,25 @@ class CropPreparation:
 
     crops: RandomCrop = field(default_factory=RandomCrop)
     teacher_size: int | None = None
+    patch_size: int = 16
 
     def __call__(self, sample: dict[str, Any], size: int, generator: np.random.Generator) -> dict[str, torch.Tensor]:
-        """pixel_values (3, S, S), ImageNet-normalised; with `teacher_size` R, teacher_images (3, R, R) in [0, 1]."""
+        """pixel_values (3, S, S), ImageNet-normalised, and noise (N,), which decides what is hidden.
+
+        With `teacher_size` R there are teacher_images (3, R, R) in [0, 1] as well.
+        """
         image = sample["image"]
         box, mirrored = self.crops.draw(image.size, generator)
-        row = {"pixel_values": normalize(crop(image, box, size, mirrored))}
+        noise = draw_noise((size // self.patch_size) ** 2, generator)
+        row = {"pixel_values": normalize(crop(image, box, size, mirrored)), "noise": noise}
         if self.teacher_size is not None:
             row["teacher_images"] = crop(image, box, self.teacher_size, mirrored)
         return row
 
-    def padding(self, size: int) -> dict[str, torch.Tensor]:
-        """What stands in a batch for a picture that cannot be read: the mean colour."""
+    def stand_in(self, size: int, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What stands in a batch for a picture that cannot be read: one of its good rows, or the mean colour."""
+        if rows:
+            return rows[0]
         grey = Image.new("RGB", (1, 1), (124, 116, 104))
         return self({"image": grey}, size, np.random.default_rng(0))
 
@@ -45,7 +52,13 @@ class CachedCropPreparation:
     patch_size: int = 16
 
     def __call__(self, sample: dict[str, Any], size: int, generator: np.random.Generator) -> dict[str, torch.Tensor]:
-        """pixel_values (3, S, S), ImageNet-normalised, and target_features (N, C), float32."""
+        """pixel_values (3, S, S), ImageNet-normalised, noise (N,) and target_features (N, C), float32."""
         side = size // self.patch_size
         box, mirrored, features = sample["part"](generator, (side, side))
-        return {"pixel_values": normalize(crop(sample["image"], box, size, mirrored)), "target_features": features}
+        pixels = normalize(crop(sample["image"], box, size, mirrored))
+        return {"pixel_values": pixels, "noise": draw_noise(side * side, generator), "target_features": features}
+
+
+def draw_noise(count: int, generator: np.random.Generator) -> torch.Tensor:
+    """Numbers by which patches are hidden, -> (N,) float32."""
+    return torch.from_numpy(generator.random(count, dtype=np.float32))

@@ -44,8 +44,8 @@ class MaskPreparation:
         real = torch.arange(self.objects) < len(stretched)
         return {"pixel_values": pixels, "masks": F.pad(stretched, (0, 0, 0, 0, 0, missing)), "object_mask": real}
 
-    def padding(self, size: int) -> dict[str, torch.Tensor]:
-        """What stands in a batch for a picture that cannot be used: zeros, and no object."""
+    def stand_in(self, size: int, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What stands in a batch for a picture that cannot be used, whatever its good rows: zeros, and no object."""
         return {
             "pixel_values": torch.zeros(3, size, size),
             "masks": torch.zeros(self.objects, size, size, dtype=torch.bool),

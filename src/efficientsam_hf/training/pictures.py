@@ -46,7 +46,8 @@ def feature_sheet(
     side = round((height * width / mask.shape[1]) ** 0.5)
     grid = (height // side, width // side)
     hidden = mask.unflatten(1, grid).repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None]
-    colours = [_main_components(*pair) for pair in zip(target.float(), reconstruction.float(), strict=True)]
+    with torch.autocast(target.device.type, enabled=False):  # quantiles have no half precision
+        colours = [_main_components(*pair) for pair in zip(target.float(), reconstruction.float(), strict=True)]
     tiles = []
     for image, seen, pair in zip(images, images * (1 - hidden), colours, strict=True):
         maps = [colour.transpose(0, 1).unflatten(1, grid) for colour in pair]

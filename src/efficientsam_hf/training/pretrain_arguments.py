@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of a pretraining run."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 
 from ..data.crops import RandomCrop
+from ..models.configuration_efficientsam import EfficientSamVisionConfig
 from ..models.configuration_sami import CHOICES, SamiConfig
 from .arguments import PictureArguments, option
 from .crop_preparation import CropPreparation
@@ -72,8 +74,22 @@ class PretrainArguments(PictureArguments):
         if not isinstance(self.overrides(), dict):
             raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
         self.preparation(None)
+        if self.evaluate_every or self.evaluate_minutes:
+            raise ValueError("evaluate_every and evaluate_minutes: nothing is evaluated during pretraining")
+        self._check_student()
+
+    def _check_student(self) -> None:
+        """Raise ValueError unless there is such a student at every image size."""
+        overrides = self.overrides()
+        for kind, given in ((SamiConfig, overrides), (EfficientSamVisionConfig, overrides.get("vision_config", {}))):
+            unknown = sorted(set(given) - {item.name for item in fields(kind)})
+            if unknown:
+                raise ValueError(f"model_overrides: {kind.__name__} has no {', '.join(unknown)}")
         for stage in self.stages():
-            SamiConfig(**self.student_fields(256, stage.image_size))
+            try:
+                SamiConfig(**self.student_fields(256, stage.image_size))
+            except StrictDataclassError as error:
+                raise ValueError(f"model_overrides: {str(error).splitlines()[0]}") from error
 
     def overrides(self) -> dict[str, Any]:
         """Changes to a preset's config."""
@@ -82,10 +98,10 @@ class PretrainArguments(PictureArguments):
     def student_fields(self, target_width: int, image_size: int) -> dict[str, Any]:
         """Arguments of the student's config, but for the encoder's preset."""
         names = "mask_ratio target loss loss_tokens decoder decoder_depth decoder_width decoder_heads".split()
-        fields = {name: getattr(self, name) for name in names} | {"target_width": target_width}
+        own = {name: getattr(self, name) for name in names} | {"target_width": target_width}
         overrides = self.overrides()
         vision = {"image_size": image_size, **overrides.pop("vision_config", {})}
-        return {**fields, "vision_config": vision, **overrides}
+        return {**own, "vision_config": vision, **overrides}
 
     def preparation(self, teacher_size: int | None) -> CropPreparation:
         """How pictures are cropped; `teacher_size` for a teacher of another resolution than the student."""

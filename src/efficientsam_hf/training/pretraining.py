@@ -30,24 +30,25 @@ class MaskedPretraining(nn.Module):
             )
         self.model = model
         self.teacher = teacher
+        self._no_split_modules = model._no_split_modules  # what FSDP's transformer policy wraps
 
     def forward(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Loss, and how far the reconstruction is off at masked and at visible patches, all scalars.
 
         `pixel_values` (B, 3, H, W), ImageNet-normalised; `target_features` (B, N, C) from a cache, or `teacher_images`
-        (B, 3, R, R) in [0, 1] where a teacher has another resolution; `seed` () int64 that decides which patches are
-        hidden.
+        (B, 3, R, R) in [0, 1] where a teacher has another resolution; `noise` (B, N) that decides which patches are
+        hidden, or else `seed` () int64 to draw it.
         """
         outputs, target = self._reconstruct(batch)
         if target is None:
             target = self.model.pixel_target(batch["pixel_values"])
         error = (outputs.reconstruction.detach().float() - target).square().mean(-1)
-        hidden = outputs.mask.bool()
+        hidden = outputs.mask
         similarity = F.cosine_similarity(outputs.reconstruction.detach().float(), target, dim=-1)
         return {
             "loss": outputs.loss,
-            "masked_error": error[hidden].mean(),
-            "visible_error": error[~hidden].mean(),
+            "masked_error": (error * hidden).sum() / hidden.sum(),
+            "visible_error": (error * (1 - hidden)).sum() / (1 - hidden).sum(),
             "cosine": similarity.mean(),
         }
 
@@ -56,13 +57,21 @@ class MaskedPretraining(nn.Module):
         pixels = batch["pixel_values"]
         size = self.model.config.vision_config.patch_size
         grid = (pixels.shape[2] // size, pixels.shape[3] // size)
-        generator = torch.Generator(pixels.device).manual_seed(int(batch["seed"]))
-        noise = torch.rand(len(pixels), grid[0] * grid[1], generator=generator, device=pixels.device)
+        noise = batch.get("noise")
+        if noise is None:
+            generator = torch.Generator(pixels.device).manual_seed(int(batch["seed"]))
+            noise = torch.rand(len(pixels), grid[0] * grid[1], generator=generator, device=pixels.device)
         target = batch.get("target_features")
         if self.teacher is not None and target is None:
             images = batch["teacher_images"] if "teacher_images" in batch else denormalize(pixels)
             target = self.teacher.features(images, grid)
         return self.model(pixels, target, noise), target
+
+    def compile_parts(self, **options) -> None:
+        """Compile student and teacher with `torch.compile(**options)`; what is drawn stays eager."""
+        self.model.forward = torch.compile(self.model.forward, **options)
+        if self.teacher is not None:
+            self.teacher.model.forward = torch.compile(self.teacher.model.forward, **options)
 
     def depths(self) -> dict[str, int]:
         """Transformer layers of the encoder above each parameter, plus one for what follows it, by name."""

@@ -54,6 +54,16 @@ def run_progress(step: int, max_steps: int | None, elapsed: float, max_minutes: 
     return min(1.0, max(by_steps, by_time))
 
 
+def decay_progress(progress: float, warmup_steps: int, max_steps: int | None) -> float:
+    """Fraction of the decay that is over. With a number of steps it begins after the warm-up, as in MAE.
+
+    With minutes alone nobody knows how many steps there will be, and it begins with the run.
+    """
+    if not max_steps or max_steps <= warmup_steps:
+        return progress
+    return max(0.0, (progress * max_steps - warmup_steps) / (max_steps - warmup_steps))
+
+
 def learning_rate_factor(schedule: str, step: int, warmup_steps: int, progress: float, final: float) -> float:
     """Multiple of the base learning rate: linear warm-up over steps times a decay to `final` over the progress."""
     warmup = min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0

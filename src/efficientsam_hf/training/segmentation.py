@@ -78,6 +78,7 @@ class InteractiveSegmentation(nn.Module):
         self.loss_weights = dict(loss_weights or {})
         self.box_focal_alpha = box_focal_alpha
         self.compiled: dict[str, object] = {}
+        self._no_split_modules = model._no_split_modules  # what FSDP's transformer policy wraps
         if model.config.prompt_encoder_config.mask_prompts and not self._gives_masks():
             # Without a gradient they would only be in the way: distributed training waits for every parameter.
             model.prompt_encoder.mask_embed.requires_grad_(False)

@@ -19,9 +19,9 @@ from .schedule import Stage
 class StreamBatches:
     """Batches of a `datasets.IterableDataset` for one of `processes` processes.
 
-    `read(row)` makes a sample as `preparation` takes it, or raises ValueError or OSError: such a row is padding in its
-    batch (`preparation.padding(side)`: an image of zeros) and is handed to `report(number of the row, reason)`. Each
-    epoch is shuffled anew within a buffer of `shuffle_buffer` rows. Shards (tars, files) are split between the
+    `read(row)` makes a sample as `preparation` takes it, or raises ValueError or OSError: such a row's place in its
+    batch is taken by `preparation.stand_in(side, good rows)`, and it is handed to `report(number of the row, reason)`.
+    Each epoch is shuffled anew within a buffer of `shuffle_buffer` rows. Shards (tars, files) are split between the
     processes; with fewer shards than processes each process reads everything and keeps its part. Rows are read in this
     process, `workers` processes make samples of them, and their number changes nothing.
 
@@ -89,12 +89,14 @@ class _MakeBatch:
     def __call__(self, item: tuple[int, list[dict[str, Any]]]) -> dict[str, Any]:
         number, rows = item
         skipped: list[tuple[int, str]] = []
-        samples = []
+        good: dict[int, dict[str, torch.Tensor]] = {}
         for position, row in enumerate(rows, number * len(rows)):
             generator = np.random.default_rng((self.seed, position))
             try:
-                samples.append(self.preparation(self.read(row), self.size, generator))
+                good[position] = self.preparation(self.read(row), self.size, generator)
             except (ValueError, OSError) as error:
                 skipped.append((position, str(error)))
-                samples.append(self.preparation.padding(self.size))
+        whole = list(good.values())
+        every = good | {position: self.preparation.stand_in(self.size, whole) for position, _ in skipped}
+        samples = [every[position] for position in sorted(every)]
         return {**stack_rows(samples), "seed": torch.tensor(scene_seed(self.seed, number)), "skipped": skipped}

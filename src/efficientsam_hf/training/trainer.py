@@ -26,7 +26,7 @@ from .checkpoints import STATE_FILE, checkpoint_step, list_checkpoints, prune_ch
 from .ema import WeightAverage, gathered
 from .optimizers import make_optimizers
 from .run_folder import RunLog, check_room, open_run
-from .schedule import Due, Stage, learning_rate_factor, run_progress, stage_at
+from .schedule import Due, Stage, decay_progress, learning_rate_factor, run_progress, stage_at
 
 
 Batch = dict[str, torch.Tensor]
@@ -155,7 +155,8 @@ class Trainer:
 
     def _train_step(self, progress: float) -> None:
         a = self.arguments
-        factor = learning_rate_factor(a.schedule, self.step, a.warmup_steps, progress, a.final_learning_rate)
+        decayed = decay_progress(progress, a.warmup_steps, a.max_steps)
+        factor = learning_rate_factor(a.schedule, self.step, a.warmup_steps, decayed, a.final_learning_rate)
         self.learning_rate = a.learning_rate * factor
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = self.learning_rate * group.get("lr_scale", 1.0)

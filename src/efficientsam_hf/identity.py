@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which model, exactly: the commit of one on the Hub, the content of one in a folder."""
+
+import hashlib
+from pathlib import Path
+
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+
+def model_revision(name: str, revision: str | None = None) -> str:
+    """Commit of a Hub model, or "sha256:..." of a folder's config and weights.
+
+    `revision` is a commit, tag or branch of the Hub. Raises OSError if there is no such model.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        digest = hashlib.sha256()
+        files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]
+        for path in sorted(path for path in files if path.is_file()):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while block := file.read(2**20):
+                    digest.update(block)
+        return f"sha256:{digest.hexdigest()[:16]}"
+    commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+    if commit is None:
+        raise OSError(f"{name} is no folder, and its commit on the Hub cannot be found")
+    return commit
