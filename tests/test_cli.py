@@ -442,12 +442,18 @@ def test_evaluate_measures_average_precision(coco: list[str], model_folder: str,
 
 
 def test_two_processes_measure_the_same(coco: list[str], model_folder: str, tmp_path: Path) -> None:
-    """Both share the pictures, of mIoU and of AP; one prints and writes."""
+    """Both share the pictures, of mIoU and of AP; one prints and writes.
+
+    The masks to find are the model's own answers to the boxes, so that AP is not 0.
+    """
     annotations = Path(coco[1])
     content = json.loads(annotations.read_text())
-    for number in (2, 3):  # three pictures for two processes
-        content["images"].append({**content["images"][0], "id": number})
-        content["annotations"].append({**content["annotations"][number - 2], "image_id": number})
+    boxes = [[10.0, 5.0, 30.0, 15.0], [2.0, 20.0, 40.0, 20.0], [30.0, 8.0, 20.0, 30.0]]
+    content["images"] = [{**content["images"][0], "id": number} for number in (1, 2, 3)]  # for two processes
+    content["annotations"] = [
+        {"image_id": number, "bbox": box, "segmentation": encode_rle(own_answer(model_folder, tmp_path, box))}
+        for number, box in enumerate(boxes, 1)
+    ]
     annotations.write_text(json.dumps(content))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for number, options in enumerate((["--prompts", "uniform", "box"], ["--boxes", "ground-truth"])):
@@ -462,6 +468,23 @@ def test_two_processes_measure_the_same(coco: list[str], model_folder: str, tmp_
         name = "average_precision" if number else "metrics"
         first, second = (json.loads(path.read_text())[name] for path in (one, two))
         assert first == second
+    assert first["predicted_iou"]["AP"] > 0.9
+
+
+def own_answer(model_folder: str, pictures: Path, box: list[float]) -> np.ndarray:
+    """The mask of highest predicted IoU for a box [x, y, width, height] on the picture, (H, W) bool."""
+    model = EfficientSamModel.from_pretrained(model_folder)
+    processor = EfficientSamProcessor.from_pretrained(model_folder)
+    x, y, width, height = box
+    inputs = processor(
+        images=str(pictures / "picture.png"), input_boxes=[[[x, y, x + width, y + height]]], return_tensors="pt"
+    )
+    with torch.no_grad():
+        outputs = model(**inputs)
+    masks = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"])[0]
+    mask = masks[0, outputs.iou_scores[0, 0].argmax()].numpy()
+    assert mask.any()
+    return mask
 
 
 def test_evaluate_on_scenes(model_folder: str, tmp_path: Path) -> None:

@@ -80,7 +80,8 @@ def write_coco(folder: Path, count: int) -> list[str]:
 
 def test_training_on_a_coco_file(tmp_path: Path) -> None:
     flags = write_coco(tmp_path / "data", 5)
-    Path(flags[-1], "3.png").write_bytes(b"no picture")
+    for name in ("3.png", "4.png"):  # the latter is beyond the limit
+        Path(flags[-1], name).write_bytes(b"no picture")
     run = tmp_path / "run"
     flags += ["--horizontal-flip", "0.5", "--min-scale", "0.5", "--max-scale", "2", "--data-workers", "1"]
     flags += [

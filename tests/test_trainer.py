@@ -11,11 +11,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import accelerate.checkpointing
 import pytest
 import torch
+from test_segmentation_training import tiny_model
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 
+from efficientsam_hf import EfficientSamModel
 from efficientsam_hf.training.arguments import (
     RECIPES,
     TrainerArguments,
@@ -241,7 +243,11 @@ import torch
 
 def accelerator(**options):
     # Accelerate turns FSDP on for processes with a GPU each alone, though torch's own works on CPUs.
-    plugin = accelerate.FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2, cpu_ram_efficient_loading=True, auto_wrap_policy="transformer_based_wrap"
+    )
+    if options["mixed_precision"] != "no":
+        plugin.set_mixed_precision(options["mixed_precision"])
     result = accelerate.Accelerator(**options, fsdp_plugin=plugin)
     result.state.fsdp_plugin = plugin
     result.state.distributed_type = accelerate.PartialState().distributed_type = DistributedType.FSDP
@@ -283,6 +289,26 @@ try:
 except ValueError as error:
     assert "take adamw" in str(error)
 assert not Path(sys.argv[1] + "_muon").exists()
+
+# The model itself, in pieces, in half precision: metrics are not rounded to it, buffers and pictures work.
+from accelerate.state import AcceleratorState
+from torch.distributed.fsdp import FSDPModule
+from test_segmentation_training import example_batch, tiny_model
+from efficientsam_hf.training.segmentation import InteractiveSegmentation
+
+arguments = make_arguments(
+    Path(sys.argv[1] + "_model"), batch_size=2, image_sizes="64", max_steps=2, gradient_accumulation=2,
+    picture_every=1, mixed_precision="bf16",
+)
+AcceleratorState._reset_state()  # of another precision than the runs above
+examples = lambda start, stage: (example_batch(number) for number in range(start, 10**6))
+training = trainer.Trainer(InteractiveSegmentation(tiny_model()), examples, arguments)
+assert sum(isinstance(module, FSDPModule) for module in training.module.modules()) > 2
+assert training.train()["steps"] == 2
+with training.accelerator.autocast():
+    output = training.module(example_batch())
+assert output["loss"].dtype == output["miou"].dtype == torch.float32
+output["loss"].backward()
 """
 
 
@@ -293,6 +319,10 @@ def test_sharded_training_equals_one_process_and_resumes(tmp_path) -> None:
     for name, value in one.items():
         torch.testing.assert_close(value, two[name], atol=1e-5, rtol=1e-5)
         assert type(two[name]) is torch.Tensor and torch.equal(two[name], parts[name])
+    model = EfficientSamModel.from_pretrained(tmp_path / "two_model" / "model")
+    moved = [not torch.equal(value, tiny_model().state_dict()[name]) for name, value in model.state_dict().items()]
+    assert sum(moved) > 0.8 * len(moved)
+    assert len(list((tmp_path / "two_model" / "pictures").iterdir())) == 2
 
 
 def test_wall_clock_budget_ends_the_run_and_survives_resume(tmp_path) -> None:
@@ -390,24 +420,77 @@ def test_a_full_disk_is_seen_before_the_run(tmp_path, monkeypatch) -> None:
     train(tmp_path / "run")
 
 
-def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path, monkeypatch) -> None:
-    """Writing fails half-way through the second checkpoint, with the error that torch has for it."""
-    save = accelerate.checkpointing.save
+FULL = """
+import resource, sys
+from pathlib import Path
+from test_trainer import train
+try:
+    # No file may be longer than a few bytes once training has begun: as on a disk that is full.
+    def source(start, stage):
+        from test_trainer import batches
+        for number, batch in enumerate(batches(start, stage), start):
+            if number == 7:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+            yield batch
+    import signal
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    train(Path(sys.argv[1]), source=source, log_every=100)
+except OSError as error:
+    print(error)
+"""
 
-    def fill(state, path, **options):
-        save(state, path, **options)
-        if "step_10" in str(path) and "optimizer" in str(path):
-            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
 
-    monkeypatch.setattr(accelerate.checkpointing, "save", fill)
-    with pytest.raises(OSError, match="step 10 could not be written.*last good one is .*step_5; .* resume"):
-        train(tmp_path / "run")
+def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path) -> None:
+    """What cannot be written is the first file of the second checkpoint, by the writer of safetensors."""
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
+    command = [sys.executable, "-c", FULL, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "step_10 could not be written" in done.stdout, done.stderr
+    assert "last good checkpoint is" in done.stdout and "step_5; the run goes on" in done.stdout
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_5"]
-    monkeypatch.setattr(accelerate.checkpointing, "save", save)
     assert train(tmp_path / "run", resume=True)["steps"] == 20
     train(tmp_path / "whole")
     whole, parts = (weights(tmp_path / name / "model") for name in ("whole", "run"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
+        (CheckpointException("failed", {}), True),
+        (RuntimeError("CUDA out of memory"), False),
+    ],
+)
+def test_only_errors_of_writing_are_called_so(tmp_path, monkeypatch, error, named) -> None:
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(Trainer, "_export", lambda self: None)
+    training = Trainer(Line(), batches, make_arguments(tmp_path / "run"))
+    monkeypatch.setattr(training.accelerator, "save_state", fail)
+    with pytest.raises(OSError if named else RuntimeError, match="step_5 could not be written" if named else "memory"):
+        training.train()
+
+
+def test_what_was_left_behind_makes_room(tmp_path, monkeypatch) -> None:
+    train(tmp_path / "run")
+    leftover = tmp_path / "run" / "checkpoints" / ".partial-step_25"
+    leftover.mkdir()
+    usage = shutil.disk_usage(tmp_path)
+    free = {True: 0, False: 10**9}
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=free[leftover.exists()]))
+    assert train(tmp_path / "run", resume=True)["steps"] == 20
+    assert not leftover.exists()
+
+
+def test_another_kind_of_distribution_is_refused(tmp_path) -> None:
+    train(tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step_20" / "trainer_state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"distributed": "FSDP"}))
+    with pytest.raises(ValueError, match="was written under FSDP, and this is NO"):
+        train(tmp_path / "run", resume=True)
 
 
 def test_average_follows_its_formula_and_comes_and_goes() -> None:

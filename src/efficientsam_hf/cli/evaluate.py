@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable, write_json, write_png
-from .loading import add_model_options, check_name, join_processes, load_model
+from .loading import add_model_options, check_name, joined_processes, load_model
 
 
 DESCRIPTION = """\
@@ -90,10 +90,9 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     for name in args.models:
         check_name(name)
-    join_processes(args.device)
     from ..evaluation.processes import is_main
 
-    with nullcontext() if is_main() else redirect_stdout(io.StringIO()):
+    with joined_processes(args.device), nullcontext() if is_main() else redirect_stdout(io.StringIO()):
         return _evaluate(args, write=is_main())
 
 
@@ -213,7 +212,8 @@ def _scene_samples(args: argparse.Namespace, processor: Any) -> list[dict[str, A
     """Held-out scenes at the size the model sees pictures in."""
     from ..training.scene_batches import HELD_OUT, scene_samples
 
-    return scene_samples(args.scenes, seed=args.seed + HELD_OUT, image_size=_side(processor.image_processor.size))
+    args.scene_size = _side(processor.image_processor.size)
+    return scene_samples(args.scenes, seed=args.seed + HELD_OUT, image_size=args.scene_size)
 
 
 def _side(size: Any) -> int:
@@ -253,6 +253,8 @@ def format_difference(difference: dict[str, Any]) -> str:
 def _protocol(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers mean, beyond the names of the prompts."""
     common = {"limit": args.limit, "resolution": "that of the picture", "masks_per_prompt": 3}
+    if args.scenes:
+        common |= {"scenes": args.scenes, "scene_size": args.scene_size}
     if args.boxes:
         return {**common, "boxes": args.boxes, "mask": "each way of choosing by itself"}
     return {**common, "mask": "highest predicted IoU", "clicks": args.clicks, "seed": args.seed}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable
-from .loading import DTYPES, join_processes, pick_device
+from .loading import DTYPES, joined_processes, pick_device
 
 
 DESCRIPTION = """\
@@ -60,7 +60,6 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write what is missing, or check what is there."""
     _check(args)
-    join_processes(args.device)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -70,19 +69,20 @@ def run(args: argparse.Namespace) -> int:
     from ..data.teacher import load_teacher
     from .pretrain import teacher_name
 
-    samples = _samples(args)
-    teacher = load_teacher(
-        teacher_name(args.teacher),
-        resolution=args.teacher_resolution,
-        revision=args.teacher_revision,
-        device=pick_device(args.device),
-        dtype=getattr(torch, args.dtype),
-    )
-    if args.check:
+    with joined_processes(args.device):
+        samples = _samples(args)
+        teacher = load_teacher(
+            teacher_name(args.teacher),
+            resolution=args.teacher_resolution,
+            revision=args.teacher_revision,
+            device=pick_device(args.device),
+            dtype=getattr(torch, args.dtype),
+        )
+        if not args.check:
+            return _write(args, samples, teacher)
         count, difference = check_cache(args.output, samples, teacher, args.check, args.seed)
         print(f"{count} records computed again: largest difference {difference:.3g}")
         return 0
-    return _write(args, samples, teacher)
 
 
 def _check(args: argparse.Namespace) -> None:

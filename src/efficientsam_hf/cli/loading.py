@@ -4,6 +4,8 @@
 import argparse
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +51,28 @@ def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
     return model.to(device).eval(), processor
 
 
-def join_processes(device: str | None) -> None:
-    """Meet the other processes of `accelerate launch` or torchrun, each with a GPU of its own; alone, do nothing."""
+@contextmanager
+def joined_processes(device: str | None) -> Iterator[None]:
+    """Inside the block the processes of `accelerate launch` or torchrun know each other, each with a GPU of its own.
+
+    A process that is alone does nothing. ValueError for several processes on one named GPU.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield
         return
+    import torch
+
+    if device is not None and torch.device(device).index is not None:
+        raise ValueError(f"--device {device}: several processes cannot share it; leave the number out")
     try:
         from accelerate import PartialState
     except ImportError as error:
         raise ImportError("several processes are joined by accelerate: pip install 'efficientsam-hf[eval]'") from error
-    PartialState(cpu=device == "cpu" or pick_device(device).type == "cpu")
+    PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def pick_device(name: str | None) -> Any:

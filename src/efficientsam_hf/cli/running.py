@@ -27,11 +27,19 @@ def run_training(args: argparse.Namespace, command: str, kind: type, train: Call
     flags = {name: value for name, value in vars(args).items() if name in kind.__dataclass_fields__}
     arguments = build_arguments(kind, recipe, flags)
     summary = train(arguments)
+    _leave_other_processes()
     print(
         f"{summary['steps']} steps, {summary['images']} images in {summary['minutes']:.1f} minutes "
         f"({summary['images_per_s']:.1f} images/s); model: {Path(arguments.output_dir) / 'model'}"
     )
     return 0 if summary["interrupted"] is None else STOPPED + signal.Signals[summary["interrupted"]]
+
+
+def _leave_other_processes() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def trainer_class() -> type:

@@ -47,7 +47,7 @@ def average_precision(
     that the annotations do not have.
     """
     try:
-        from pycocotools.coco import COCO
+        import pycocotools.coco  # noqa: F401 - before the model runs
     except ImportError as error:
         raise ImportError("AP is measured by pycocotools: pip install 'efficientsam-hf[eval]'") from error
     for name, value in (("limit", limit), ("prompt_chunk", prompt_chunk)):
@@ -66,11 +66,7 @@ def average_precision(
                 picture = PromptedImage(model, processor, samples.open_picture(record), dtype, prompt_chunk)
                 results += _segment(picture, found)
     results = collect(results)
-    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        coco = COCO()
-        coco.dataset = truth
-        coco.createIndex()
-        return {choice: _measure(coco, [entry for by, entry in results if by == choice]) for choice in CHOICES}
+    return collect([_measure_all(truth, results)] if is_main() else [])[0]  # once, and heard by all
 
 
 def read_detections(path: str | Path) -> list[dict[str, Any]]:
@@ -128,6 +124,16 @@ def _filled(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     left, top, right, bottom = boxes[:, :, None].unbind(1)
     inside_x, inside_y = (x >= left) & (x < right), (y >= top) & (y < bottom)
     return inside_y[:, :, None] & inside_x[:, None]
+
+
+def _measure_all(truth: dict[str, Any], results: list[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    from pycocotools.coco import COCO
+
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        coco = COCO()
+        coco.dataset = truth
+        coco.createIndex()
+        return {choice: _measure(coco, [entry for by, entry in results if by == choice]) for choice in CHOICES}
 
 
 def _measure(coco: Any, results: list[dict[str, Any]]) -> dict[str, float]:

@@ -22,9 +22,13 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def prune_checkpoints(run: Path, keep: int, best_step: int | None) -> None:
-    """Delete all but the last `keep` checkpoints and the best one, and what interrupted writes left behind."""
+    """Delete all but the last `keep` checkpoints and the best one."""
     for folder in list_checkpoints(run)[:-keep]:
         if checkpoint_step(folder) != best_step:
             shutil.rmtree(folder)
+
+
+def remove_leftovers(run: Path) -> None:
+    """Delete what interrupted writes left behind."""
     for leftover in (run / "checkpoints").glob(PARTIAL + "*"):
         shutil.rmtree(leftover, ignore_errors=True)

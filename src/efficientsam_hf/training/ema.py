@@ -51,7 +51,9 @@ class WeightAverage:
             average.copy_(current)
 
     def state_dict(self) -> dict:
-        return {"updates": self.updates, "averages": [gathered(average) for average in self.averages]}
+        # Gathered one by one to the CPU, or every process would hold all averages whole beside its weights.
+        whole = [gathered(a).cpu() if hasattr(a, "full_tensor") else a for a in self.averages]
+        return {"updates": self.updates, "averages": whole}
 
     def load_state_dict(self, state: dict) -> None:
         if len(state["averages"]) != len(self.averages):

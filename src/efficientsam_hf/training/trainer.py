@@ -4,6 +4,7 @@
 import copy
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -17,12 +18,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
+from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.checkpoint import CheckpointException
 from tqdm.auto import tqdm
 
 from ..files import PARTIAL, replace_folder, write_folder, write_json, write_png
 from .arguments import TrainerArguments
-from .checkpoints import STATE_FILE, checkpoint_step, list_checkpoints, prune_checkpoints
+from .checkpoints import STATE_FILE, checkpoint_step, list_checkpoints, prune_checkpoints, remove_leftovers
 from .ema import WeightAverage, gathered
 from .optimizers import make_optimizers
 from .run_folder import RunLog, check_room, open_run
@@ -65,6 +68,7 @@ class Trainer:
         )
         self.whole = self._whole_copy(module)
         if self.accelerator.is_main_process:
+            remove_leftovers(Path(arguments.output_dir))
             check_room(Path(arguments.output_dir), self._bytes_needed(module))
             open_run(arguments)
         self.accelerator.wait_for_everyone()
@@ -95,22 +99,29 @@ class Trainer:
     def _whole_copy(self, module: nn.Module) -> nn.Module | None:
         """A copy for all weights where FSDP leaves each process a part of them; ValueError if FSDP cannot be."""
         if self.accelerator.distributed_type != DistributedType.FSDP:
+            if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and self.accelerator.num_processes > 1:
+                raise ValueError(
+                    f"FSDP is asked for, but Accelerate has it for GPUs, not for {self.accelerator.device}"
+                )
             return None
         if not self.accelerator.is_fsdp2:
             raise ValueError("FSDP must be of version 2 (accelerate launch --fsdp_version 2), got version 1")
         if self.arguments.optimizer == "muon":
             raise ValueError("optimizer muon is two optimizers, and Accelerate keeps one under FSDP: take adamw")
+        plugin = self.accelerator.state.fsdp_plugin
+        plugin.cpu_ram_efficient_loading = False  # every process has the whole model, and buffers are no part of it
+        plugin.mixed_precision_policy = None  # autocast, as without FSDP: gradients and metrics stay float32
         return copy.deepcopy(module).to(self.accelerator.device).eval()
 
     def _bytes_needed(self, module: nn.Module) -> int:
-        """Room on the disk: a checkpoint is weights, their average and two moments, in float32; the model weights.
+        """Room on the disk: a checkpoint is weights, up to two moments, and their average, in float32.
 
         One more than is kept is there while it is written, and the best one may be kept beside the last.
         """
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         weights = 4 * sum(p.numel() for p in module.parameters())
         checkpoints = 1 if self.arguments.resume else self.arguments.keep_checkpoints + 2
-        return checkpoints * (weights + 12 * trained) + 2 * weights
+        return checkpoints * (weights + (12 if self.arguments.ema_decay else 8) * trained) + 2 * weights
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all sessions of this run."""
@@ -165,7 +176,8 @@ class Trainer:
             batch = self._next_batch(progress, number)
             last = number == a.gradient_accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
-                output = self.module(batch)
+                with self.accelerator.autocast():
+                    output = self.module(batch)
                 self.accelerator.backward(output["loss"] / a.gradient_accumulation)
             metrics.append({name: value.detach() for name, value in output.items()})
         self.last_batch = batch
@@ -259,10 +271,10 @@ class Trainer:
         """
         module = self.plain_module
         module.eval()
-        with torch.random.fork_rng(), torch.no_grad(), self.average.applied(), self.accelerator.autocast():
+        own = [self.accelerator.device] if self.accelerator.device.type == "cuda" else []
+        with torch.random.fork_rng(own), torch.no_grad(), self.average.applied(), self.accelerator.autocast():
             if self.whole is not None:
-                pairs = zip(self.whole.parameters(), module.parameters(), strict=True)
-                for mine, sharded in pairs:
+                for mine, sharded in zip(self.whole.parameters(), module.parameters(), strict=True):
                     mine.copy_(gathered(sharded))
             yield module if self.whole is None else self.whole
         module.train()
@@ -305,21 +317,14 @@ class Trainer:
             return
         folder = self.run / "checkpoints" / f"step_{self.step}"
         partial = folder.with_name(PARTIAL + folder.name)
-        try:
+        with self._naming_the_last_checkpoint(partial):
             self.accelerator.save_state(str(partial), safe_serialization=True)
-        except (OSError, RuntimeError) as error:  # torch has a RuntimeError for a full disk
-            shutil.rmtree(partial, ignore_errors=True)
-            last = next(iter(list_checkpoints(self.run)[-1:]), "none")
-            free = shutil.disk_usage(self.run).free / 2**20
-            raise OSError(
-                f"the checkpoint of step {self.step} could not be written, with {free:,.0f} MiB free on the disk of "
-                f"{self.run}: {error}. The last good one is {last}; the run goes on from it with resume"
-            ) from error
         self.accelerator.wait_for_everyone()  # every process writes its random state into the folder
         if self.accelerator.is_main_process:
             state = {
                 "step": self.step, "images": self.images, "elapsed": self.elapsed(), "best": self.best,
                 "nonfinite": self.nonfinite, "processes": self.accelerator.num_processes,
+                "distributed": self.accelerator.distributed_type.value,
             }  # fmt: skip
             write_json(partial / STATE_FILE, state)
             replace_folder(partial, folder)
@@ -329,10 +334,28 @@ class Trainer:
         self.saved_step = self.step
         self.accelerator.wait_for_everyone()
 
+    @contextmanager
+    def _naming_the_last_checkpoint(self, partial: Path) -> Iterator[None]:
+        """A failed write ends the run with an OSError that says what is left to go on from; other errors stay."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            if self.accelerator.is_main_process:
+                shutil.rmtree(partial, ignore_errors=True)
+            last = next(iter(list_checkpoints(self.run)[-1:]), "none")
+            free = shutil.disk_usage(self.run).free / 2**20
+            raise OSError(
+                f"{partial.name.removeprefix(PARTIAL)} could not be written, with {free:,.0f} MiB free on the disk of "
+                f"{self.run}: {error}. The last good checkpoint is {last}; the run goes on from it with resume"
+            ) from error
+
     def _export(self) -> None:
         with self._averaged() as module:
             if self.accelerator.is_main_process:
-                write_folder(self.run / "model", module.save_pretrained)
+                with self._naming_the_last_checkpoint(self.run / f"{PARTIAL}model"):
+                    write_folder(self.run / "model", module.save_pretrained)
 
     def _resume(self) -> None:
         """Load the last complete checkpoint, if the run got that far."""
@@ -346,6 +369,9 @@ class Trainer:
             raise ValueError(
                 f"resume: {folder} was written by {state['processes']} processes, not {self.accelerator.num_processes}"
             )
+        kind = self.accelerator.distributed_type.value
+        if state.get("distributed", kind) != kind:
+            raise ValueError(f"resume: {folder} was written under {state['distributed']}, and this is {kind}")
         self.accelerator.load_state(str(folder))
         self.step, self.images, self.nonfinite = checkpoint_step(folder), state["images"], state["nonfinite"]
         self.elapsed_before, self.best = state["elapsed"], state["best"]
