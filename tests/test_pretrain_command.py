@@ -3,6 +3,7 @@
 
 import json
 import re
+import signal
 import tarfile
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from efficientsam_hf import EfficientSamModel, SamiConfig, SamiForPreTraining
 from efficientsam_hf.cli import main
 from efficientsam_hf.training.arguments import RECIPES, build_arguments, read_recipe
 from efficientsam_hf.training.pretrain_arguments import PretrainArguments
+from efficientsam_hf.training.sample_batches import SampleBatches
 
 
 TRAIN = "pretrain --recipe smoke --batch-size 2 --image-sizes 64 --max-steps 3 --checkpoint-every 1".split()
@@ -46,7 +48,8 @@ def write_pictures(folder: Path, count: int) -> Path:
 
 def test_a_student_of_the_shipped_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
-    command = [*TRAIN, "--teacher-resolution", "64", "--picture-every", "2", "--output-dir", str(run)]
+    command = [*TRAIN, "--teacher-resolution", "64", "--picture-every", "2"]
+    command += ["--output-dir", str(run)]
     assert main(command) == 0
     assert "3 steps, 6 images" in capsys.readouterr().out
     (line,) = events(run, "train")
@@ -102,6 +105,30 @@ def test_going_on_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*TRAIN, *go_on, "--decoder-depth", "3", "--output-dir", str(tmp_path / "third")]) == 2
     assert "decoder_depth is 2 and not 3" in capsys.readouterr().err
     assert not (tmp_path / "third").exists()
+
+
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    """SIGTERM after some steps, and on from there: crops, what is hidden and the optimiser go on as they were."""
+    write_pictures(tmp_path / "pictures", 5)
+    command = ["pretrain", "--recipe", mae_recipe(tmp_path), *TRAIN[3:], *MAE, "--max-steps", "6"]
+    command += ["--train-images", str(tmp_path / "pictures"), "--output-dir"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    batch, calls = SampleBatches.batch, []
+
+    def stopping(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return batch(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SampleBatches, "batch", stopping)
+        assert main([*command, str(tmp_path / "parts")]) == 128 + signal.SIGTERM
+    assert main([*command, str(tmp_path / "parts"), "--resume"]) == 0
+    assert events(tmp_path / "parts", "resume")[0]["step"] == 3
+    runs = tmp_path / "whole", tmp_path / "parts"
+    one, two = (SamiForPreTraining.from_pretrained(run / "model").state_dict() for run in runs)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize(
