@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from efficientsam_hf.data.prompts import (
-    cells_outside,
     center_points,
     distance_transform,
     error_points,
@@ -115,11 +114,3 @@ def test_points_in_cells_land_on_their_side_of_the_mask(generator) -> None:
         assert (masks[0, torch.arange(200), points[0, :, 1], points[0, :, 0]] == label).all()
         assert (points // 4 == 1).all()
         assert len(points[0].unique(dim=0)) == (6 if label else 10)
-
-
-def test_cells_outside_a_box_touch_it_nowhere() -> None:
-    boxes = torch.tensor([[4.0, 8.0, 12.0, 12.0], [5.0, 9.0, 8.1, 9.5], [-1.0, -1.0, -1.0, -1.0]])
-    outside = cells_outside(boxes, (4, 5), 4)
-    inside = [{(2, 1), (2, 2)}, {(2, 1), (2, 2)}, {(row, column) for row in range(4) for column in range(5)}]
-    for cells, expected in zip(outside, inside, strict=True):
-        assert {tuple(place) for place in (~cells).nonzero().tolist()} == expected

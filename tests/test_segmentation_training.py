@@ -157,23 +157,6 @@ def test_objects_with_a_box_have_an_alpha_of_their_own() -> None:
         assert losses[0] != losses[2]
 
 
-def test_background_outside_a_box_weighs_more() -> None:
-    """Exactly: what the loss grows by is the focal loss of these cells, times the weight less one."""
-    sampling = PromptSampling(uniform=0.0, center=0.0, box=1.0, box_and_point=0.0, rounds=1, exact_boxes=1.0)
-    model, batch = tiny_model(), example_batch()
-    losses = []
-    for weight in (1.0, 3.0, 5.0):
-        module = InteractiveSegmentation(model, None, sampling, {"single_weight": 0.0}, outside_box_weight=weight)
-        losses.append(module(batch)["focal"])
-    assert losses[1] > losses[0]
-    torch.testing.assert_close(losses[2] - losses[1], losses[1] - losses[0])
-    clicks = PromptSampling(uniform=1.0, center=0.0, box=0.0, box_and_point=0.0, rounds=1)
-    without, plain = (
-        InteractiveSegmentation(model, None, clicks, outside_box_weight=weight)(batch)["loss"] for weight in (3.0, 1.0)
-    )
-    assert without == plain
-
-
 def test_rounds_keep_prompts_and_add_corrections() -> None:
     calls = record(PromptSampling(rounds=3, corrected_objects=2, mask_prompts=1.0))
     masks = example_batch()["masks"]

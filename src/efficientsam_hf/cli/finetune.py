@@ -59,12 +59,7 @@ def finetune(arguments: Any) -> dict[str, Any]:
         # transformers 5.23 renames it
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     module = InteractiveSegmentation(
-        model,
-        processor,
-        arguments.sampling(),
-        arguments.loss_weights(),
-        arguments.box_focal_alpha,
-        arguments.outside_box_weight,
+        model, processor, arguments.sampling(), arguments.loss_weights(), arguments.box_focal_alpha
     )
     module.freeze(arguments.parts("freeze"))
     if arguments.lora_rank:

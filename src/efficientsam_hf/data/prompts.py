@@ -112,18 +112,6 @@ def jitter_boxes(
     return torch.cat([low, high], -1)
 
 
-def cells_outside(boxes: torch.Tensor, grid: tuple[int, int], scale: int) -> torch.Tensor:
-    """Cells of `scale` x `scale` pixels that no part of the box covers: (..., 4) xyxy pixels -> (..., h, w) bool.
-
-    Where the box is four times -1, for none, no cell is outside.
-    """
-    rows, columns = (torch.arange(side, device=boxes.device) * scale for side in grid)
-    left, top, right, bottom = boxes[..., None].unbind(-2)
-    inside_x = (columns + scale > left) & (columns < right)
-    inside_y = (rows + scale > top) & (rows < bottom)
-    return ~(inside_y[..., :, None] & inside_x[..., None, :]) & (boxes[..., :1, None] >= 0)
-
-
 def error_points(
     predictions: torch.Tensor, masks: torch.Tensor, generator: torch.Generator, background: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -63,9 +63,6 @@ class FinetuneArguments(PictureArguments):
     focal_weight: float = option(20.0, "Weight of the focal loss.")
     focal_alpha: float = option(0.25, "Weight of foreground against background in the focal loss (RetinaNet: 0.25).")
     box_focal_alpha: float | None = option(None, "focal_alpha for objects prompted with a box; default the same.")
-    outside_box_weight: float = option(
-        1.0, "Weight of the background outside an object's box, in the focal loss of objects prompted with a box."
-    )
     dice_weight: float = option(1.0, "Weight of the dice loss.")
     iou_weight: float = option(1.0, "Weight of the squared error of the predicted IoU.")
     single_weight: float = option(1.0, "Weight of the single-mask token beside the best of three.")
@@ -85,7 +82,7 @@ class FinetuneArguments(PictureArguments):
         self._check("evaluate_scenes", lambda value: value >= 0, "at least 0")
         for name in ("objects_per_image", "eval_limit"):
             self._check(name, lambda value: value is None or value >= 1, "at least 1")
-        for name in (*LOSS_WEIGHTS, "outside_box_weight"):
+        for name in LOSS_WEIGHTS:
             self._check(name, lambda value: value >= 0, "at least 0")
         for name in ("focal_alpha", "box_focal_alpha"):
             self._check(name, lambda value: value is None or 0 < value < 1, "between 0 and 1")

@@ -31,24 +31,17 @@ def binary_targets(targets: torch.Tensor) -> torch.Tensor:
 
 
 def focal_loss(
-    logits: torch.Tensor,
-    targets: torch.Tensor,
-    alpha: float | torch.Tensor = 0.25,
-    gamma: float = 2.0,
-    cell_weights: torch.Tensor | None = None,
+    logits: torch.Tensor, targets: torch.Tensor, alpha: float | torch.Tensor = 0.25, gamma: float = 2.0
 ) -> torch.Tensor:
     """Mean focal loss of each mask: (..., h, w) logits, (..., h, w) targets in [0, 1] -> (...).
 
     With soft targets the modulating factor is |target - probability| ** gamma (Li et al. 2020, quality focal loss):
     equal to RetinaNet's for targets 0 and 1, and least exactly where the probability is the target. `alpha` weighs
-    foreground, 1 - alpha background (RetinaNet and SAM: 0.25); a tensor is broadcast against the logits, and so are
-    `cell_weights`, factors of the cells' losses.
+    foreground, 1 - alpha background (RetinaNet and SAM: 0.25); a tensor is broadcast against the logits.
     """
     probability = logits.sigmoid()
     entropy = F.softplus(logits) - logits * targets
     weight = alpha * targets + (1 - alpha) * (1 - targets)
-    if cell_weights is not None:
-        weight = weight * cell_weights
     return (weight * (targets - probability).abs().pow(gamma) * entropy).mean((-2, -1))
 
 
@@ -79,7 +72,6 @@ def segmentation_losses(
     iou_weight: float = 1.0,
     single_weight: float = 1.0,
     focal_alpha: float | torch.Tensor = 0.25,
-    cell_weights: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Loss and metrics of one prompt round, all scalars.
 
@@ -87,19 +79,15 @@ def segmentation_losses(
     Of mask tokens 1 to 3 only the one with the lowest loss is trained (SAM paper, section 3), so that they can settle
     on different readings of an ambiguous prompt; token 0, the single-mask answer, is trained with `single_weight`.
     With `focal_alpha` below 0.5 a cell that is mask in every second case gets a negative logit (-0.41 for 0.25): masks
-    of uncertain objects come out too small. It may differ by object: (B, Q). `cell_weights` (B, Q, h, w) are factors
-    of the focal loss. The scores of all four learn the actual IoU. Objects where `object_mask` is False weigh nothing;
-    what remains is averaged over the real objects. `miou` is that of the multimask token with the highest score, as it
-    is used.
+    of uncertain objects come out too small. It may differ by object: (B, Q). The scores of all four learn the actual
+    IoU. Objects where `object_mask` is False weigh nothing; what remains is averaged over the real objects. `miou` is
+    that of the multimask token with the highest score, as it is used.
     """
     logits, iou_predictions = logits.float(), iou_predictions.float()
     expanded = targets[:, :, None]
     if isinstance(focal_alpha, torch.Tensor):
         focal_alpha = focal_alpha[:, :, None, None, None]
-    if cell_weights is not None:
-        cell_weights = cell_weights[:, :, None]
-    focal = focal_loss(logits, expanded, focal_alpha, cell_weights=cell_weights)
-    dice = dice_loss(logits, expanded)
+    focal, dice = focal_loss(logits, expanded, focal_alpha), dice_loss(logits, expanded)
     actual = thresholded_iou(logits.detach(), binary_targets(targets)[:, :, None])
     total = focal_weight * focal + dice_weight * dice
     chosen = total[..., 1:].argmin(-1, keepdim=True) + 1

@@ -60,8 +60,7 @@ class InteractiveSegmentation(nn.Module):
     with probability `sampling.mask_prompts`, that answer's logits as mask prompt (if the model takes them), for the
     first `sampling.corrected_objects` objects of an image. The number of prompt tokens is the same in every round.
     `box_focal_alpha` replaces the `focal_alpha` of `loss_weights` for objects with a box: a box says how large its
-    object is, so what is uncertain in it is more often object than what is uncertain around a click. Background cells
-    outside an object's box weigh `outside_box_weight` in its focal loss: no mask should leave its box.
+    object is, so what is uncertain in it is more often object than what is uncertain around a click.
     """
 
     def __init__(
@@ -71,7 +70,6 @@ class InteractiveSegmentation(nn.Module):
         sampling: PromptSampling | None = None,
         loss_weights: dict[str, float] | None = None,
         box_focal_alpha: float | None = None,
-        outside_box_weight: float = 1.0,
     ):
         super().__init__()
         self.model = model
@@ -79,7 +77,6 @@ class InteractiveSegmentation(nn.Module):
         self.sampling = sampling or PromptSampling()
         self.loss_weights = dict(loss_weights or {})
         self.box_focal_alpha = box_focal_alpha
-        self.outside_box_weight = outside_box_weight
         self.compiled: dict[str, object] = {}
         self._no_split_modules = model._no_split_modules  # what FSDP's transformer policy wraps
         if model.config.prompt_encoder_config.mask_prompts and not self._gives_masks():
@@ -145,22 +142,18 @@ class InteractiveSegmentation(nn.Module):
                 prompt = self._next_prompts(prompt, logits, scores, targets, masks, number - 1, generator)
             logits, scores, _ = self._part("decode", self.model.decode_prompts)(embeddings, **prompt)
             losses = self._part("losses", segmentation_losses)(
-                logits, scores, targets, object_mask, **self._loss_weights(prompt["input_boxes"], targets)
+                logits, scores, targets, object_mask, **self._loss_weights(prompt["input_boxes"])
             )
             total, weight = total + losses["loss"] * masks.shape[1], weight + masks.shape[1]
             metrics |= {name if number == 1 else f"{name}_{number}": v.detach() for name, v in losses.items()}
         return metrics | {"loss": total / weight}
 
-    def _loss_weights(self, boxes: torch.Tensor, targets: torch.Tensor) -> dict[str, float | torch.Tensor]:
-        """What the losses take beside logits: boxes (B, Q, 4) with -1 for none, targets (B, Q, h, w)."""
-        weights: dict[str, float | torch.Tensor] = dict(self.loss_weights)
-        if self.box_focal_alpha is not None:
-            alpha = self.loss_weights.get("focal_alpha", 0.25)
-            weights["focal_alpha"] = torch.where(boxes[..., 0] >= 0, self.box_focal_alpha, alpha)
-        if self.outside_box_weight != 1:
-            leaked = prompts.cells_outside(boxes, targets.shape[-2:], 4) & (targets == 0)
-            weights["cell_weights"] = torch.where(leaked, self.outside_box_weight, 1.0)
-        return weights
+    def _loss_weights(self, boxes: torch.Tensor) -> dict[str, float | torch.Tensor]:
+        """Arguments of the losses of objects with these boxes, (B, Q, 4) with -1 for none."""
+        if self.box_focal_alpha is None:
+            return self.loss_weights
+        alpha = torch.where(boxes[..., 0] >= 0, self.box_focal_alpha, self.loss_weights.get("focal_alpha", 0.25))
+        return self.loss_weights | {"focal_alpha": alpha}
 
     def _part(self, name: str, default):
         return self.compiled.get(name, default)
