@@ -137,7 +137,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
         (["--teacher-resolution", "100"], "teacher_resolution|resolution is 100, expected a multiple"),
         (["--teacher-resolution", "80"], "teacher_resolution is 80, expected the image_sizes of scenes"),
         (["--mask-ratio", "0.99"], "mask_ratio is 0.99"),
-        (["--target", "pixels"], "target is 'pixels', which goes without a teacher"),
+        (["--target", "pixels"], "target is 'pixels', which goes without teacher"),
         (["--train-images", "/nowhere"], "got train_scenes and train_images"),
         (["--no-train-scenes", "--train-images", "/nowhere"], "train_images: /nowhere does not exist"),
         (["--no-train-scenes"], "got none"),

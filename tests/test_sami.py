@@ -324,7 +324,7 @@ def test_gradient_checkpointing_changes_no_gradient() -> None:
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         calls = []
         for layer in (model.vision_encoder.layers[0].mlp, model.decoder.layers[0].mlp):
-            layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            layer.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model(**example()).loss.backward()
         assert len(calls) == (4 if checkpointed else 2)  # once more in the backward pass
         gradients.append(model.decoder.layers[0].attention.q_proj.weight.grad)
