@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel
-from efficientsam_hf.data.sa1b import Sa1bFolder, find_tars, read_row, stream_tars
+from efficientsam_hf.data.sa1b import Sa1bFolder, read_row, stream_tars
+from efficientsam_hf.data.tars import find_tars
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 from efficientsam_hf.training.attention import use_matrix_products
 from efficientsam_hf.training.finetune_arguments import FinetuneArguments

@@ -47,3 +47,16 @@ def photo() -> Image.Image:
     skimage_data = pytest.importorskip("skimage.data")
     with Image.open(Path(skimage_data.data_dir) / "chelsea.png") as image:
         return image.convert("RGB")
+
+
+@pytest.fixture
+def recipe_without_teacher(tmp_path: Path) -> str:
+    """The smoke recipe of pretraining without its teacher, and without its scenes: both are left to flags."""
+    from efficientsam_hf.training.arguments import RECIPES
+
+    text = (RECIPES / "pretrain" / "smoke.yaml").read_text()
+    path = tmp_path / "recipe_without_teacher.yaml"
+    path.write_text(
+        "".join(line for line in text.splitlines(True) if not line.startswith(("teacher", "train_scenes")))
+    )
+    return str(path)

@@ -34,12 +34,11 @@ from efficientsam_hf.data.feature_cache import (
 )
 from efficientsam_hf.data.images import ImageFolder, SceneImages
 from efficientsam_hf.data.teacher import Teacher, load_teacher
-from efficientsam_hf.training.arguments import RECIPES
 from efficientsam_hf.training.crop_preparation import CachedCropPreparation
 from efficientsam_hf.training.normalization import denormalize
 
 
-MAE_STEPS = "pretrain --recipe smoke --batch-size 2 --max-steps 3 --checkpoint-every 1 --no-train-scenes".split()
+STEPS = "--batch-size 2 --max-steps 3 --checkpoint-every 1 --image-sizes 64".split()
 
 
 @pytest.fixture(scope="module")
@@ -252,19 +251,17 @@ def test_a_folder_that_is_no_cache(tmp_path) -> None:
 # The commands
 
 
-def test_pretraining_from_a_cache_of_scenes(tmp_path, vit) -> None:
+def test_pretraining_from_a_cache_of_scenes(tmp_path, vit, recipe_without_teacher) -> None:
     """Seed and size of the scenes come from the cache, whatever the run's are."""
     source = ["--teacher", vit, "--scenes", "4", "--scene-size", "96", "--seed", "5", "--grid", "4", "--crops", "1"]
     assert main(["features", *source, "--device", "cpu", "--output", str(tmp_path / "cache")]) == 0
-    text = (RECIPES / "pretrain" / "smoke.yaml").read_text()
-    (tmp_path / "recipe.yaml").write_text(re.sub(r"(?m)^teacher.*\n", "", text))
-    pretrain = ["pretrain", "--recipe", str(tmp_path / "recipe.yaml"), *MAE_STEPS[3:-1], "--image-sizes", "64"]
+    pretrain = ["pretrain", "--recipe", recipe_without_teacher, *STEPS, "--train-scenes"]
     pretrain += ["--train-features", str(tmp_path / "cache"), "--seed", "1", "--output-dir", str(tmp_path / "run")]
     assert main(pretrain) == 0
 
 
 @pytest.mark.parametrize("crops", ["2", "0"])
-def test_pretraining_from_a_cache(tmp_path, vit, pictures, crops, capsys) -> None:
+def test_pretraining_from_a_cache(tmp_path, vit, pictures, recipe_without_teacher, crops, capsys) -> None:
     source = ["--teacher", vit, "--images", str(pictures), "--crops", crops, "--grid", "4", "--shard-size", "3"]
     command = ["features", *source, "--device", "cpu", "--output", str(tmp_path / "cache")]
     assert main(command) == 0
@@ -273,10 +270,7 @@ def test_pretraining_from_a_cache(tmp_path, vit, pictures, crops, capsys) -> Non
     difference = float(re.search(r"largest difference (\S+)", capsys.readouterr().out)[1])
     assert 0 < difference < 5e-3
     run = tmp_path / "run"
-    recipe = tmp_path / "recipe.yaml"
-    text = (RECIPES / "pretrain" / "smoke.yaml").read_text()
-    recipe.write_text(re.sub(r"(?m)^(teacher|train_scenes).*\n", "", text))
-    pretrain = ["pretrain", "--recipe", str(recipe), *MAE_STEPS[3:-1], "--image-sizes", "64", "--train-images"]
+    pretrain = ["pretrain", "--recipe", recipe_without_teacher, *STEPS, "--train-images"]
     pretrain += [str(pictures), "--train-features", str(tmp_path / "cache"), "--output-dir", str(run)]
     assert main(pretrain) == 0
     assert json.loads((run / "model" / "config.json").read_text())["target_width"] == 24

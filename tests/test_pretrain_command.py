@@ -21,21 +21,12 @@ from efficientsam_hf.training.sample_batches import SampleBatches
 
 
 TRAIN = "pretrain --recipe smoke --batch-size 2 --image-sizes 64 --max-steps 3 --checkpoint-every 1".split()
-MAE = "--no-train-scenes --target pixels --loss-tokens masked --decoder full".split()
-OVERRIDES = "{teacher: null, teacher_resolution: null}"
+MAE = "--target pixels --loss-tokens masked --decoder full".split()
 
 
 def events(run: Path, name: str) -> list[dict]:
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     return [line for line in lines if line["event"] == name]
-
-
-def mae_recipe(folder: Path) -> str:
-    """The smoke recipe without its teacher."""
-    text = (RECIPES / "pretrain" / "smoke.yaml").read_text()
-    path = folder / "mae.yaml"
-    path.write_text(re.sub(r"(?m)^teacher.*\n", "", text))
-    return str(path)
 
 
 def write_pictures(folder: Path, count: int) -> Path:
@@ -67,7 +58,7 @@ def test_a_student_of_the_shipped_encoder(tmp_path: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize("form", ["folder", "tars", "dataset", "stream"])
-def test_mae_on_pictures(tmp_path: Path, form: str) -> None:
+def test_mae_on_pictures(tmp_path: Path, recipe_without_teacher: str, form: str) -> None:
     folder = write_pictures(tmp_path / "pictures" / "class", 4)
     (folder / "2.JPEG").write_bytes(b"damaged")
     flags = ["--train-images", str(tmp_path / "pictures")]
@@ -81,7 +72,7 @@ def test_mae_on_pictures(tmp_path: Path, form: str) -> None:
         (folder / "2.JPEG").unlink()
         flags = ["--train-dataset", str(folder), "--stream"] if form == "stream" else ["--train-dataset", str(folder)]
     run = tmp_path / "run"
-    command = ["pretrain", "--recipe", mae_recipe(tmp_path), *TRAIN[3:], *MAE, *flags, "--output-dir", str(run)]
+    command = ["pretrain", "--recipe", recipe_without_teacher, *TRAIN[3:], *MAE, *flags, "--output-dir", str(run)]
     assert main(command) == 0
     skipped = events(run, "skipped")
     if form in ("folder", "tars"):
@@ -107,10 +98,10 @@ def test_going_on_from_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "third").exists()
 
 
-def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path, recipe_without_teacher: str) -> None:
     """SIGTERM after some steps, and on from there: crops, what is hidden and the optimiser go on as they were."""
     write_pictures(tmp_path / "pictures", 5)
-    command = ["pretrain", "--recipe", mae_recipe(tmp_path), *TRAIN[3:], *MAE, "--max-steps", "6"]
+    command = ["pretrain", "--recipe", recipe_without_teacher, *TRAIN[3:], *MAE, "--max-steps", "6"]
     command += ["--train-images", str(tmp_path / "pictures"), "--output-dir"]
     assert main([*command, str(tmp_path / "whole")]) == 0
     batch, calls = SampleBatches.batch, []

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from efficientsam_hf.data.sa1b import Sa1bFolder, find_tars, read_row, stream_tars
+from efficientsam_hf.data.sa1b import Sa1bFolder, read_row, stream_tars
+from efficientsam_hf.data.tars import find_tars
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 
 

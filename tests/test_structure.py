@@ -21,6 +21,7 @@ LEVELS = {
     "visualization": 1,
     "files": 1,
     "identity": 1,
+    "processes": 1,
     "machine": 1,
     "data": 2,
     "training": 3,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable, write_json, write_png
-from .loading import add_model_options, check_name, joined_processes, load_model
+from .loading import add_model_options, check_name, joined_processes, load_model, model_name
 
 
 DESCRIPTION = """\
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     for name in args.models:
         check_name(name)
-    from ..evaluation.processes import is_main
+    from ..processes import is_main
 
     with joined_processes(args.device), nullcontext() if is_main() else redirect_stdout(io.StringIO()):
         return _evaluate(args, write=is_main())
@@ -262,7 +262,6 @@ def _protocol(args: argparse.Namespace) -> dict[str, Any]:
 
 def _describe_run(args: argparse.Namespace, name: str | None, model: Any) -> dict[str, Any]:
     """Command, model, date, machine and versions, so that the numbers can be repeated."""
-    from .. import default_checkpoint
     from ..identity import model_revision
     from ..machine import describe_machine, describe_versions
 
@@ -270,7 +269,7 @@ def _describe_run(args: argparse.Namespace, name: str | None, model: Any) -> dic
     return {
         "command": shlex.join(["efficientsam", *args.argv]),
         "model": name or "default checkpoint",
-        "revision": model_revision(str(name or default_checkpoint())),
+        "revision": model_revision(model_name(name or "default")),
         "protocol": _protocol(args),
         "dtype": str(parameter.dtype).removeprefix("torch."),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable
-from .loading import DTYPES, joined_processes, pick_device
+from .loading import DTYPES, joined_processes, model_name, pick_device
 
 
 DESCRIPTION = """\
@@ -67,12 +67,11 @@ def run(args: argparse.Namespace) -> int:
 
     from ..data.feature_cache import check_cache
     from ..data.teacher import load_teacher
-    from .pretrain import teacher_name
 
     with joined_processes(args.device):
         samples = _samples(args)
         teacher = load_teacher(
-            teacher_name(args.teacher),
+            model_name(args.teacher),
             resolution=args.teacher_resolution,
             revision=args.teacher_revision,
             device=pick_device(args.device),
@@ -113,7 +112,7 @@ def _write(args: argparse.Namespace, samples: Any, teacher: Any) -> int:
 
     from ..data.crops import RandomCrop
     from ..data.feature_cache import FeatureCache, describe, write_cache
-    from ..evaluation.processes import collect, is_main, own_share
+    from ..processes import collect, is_main, own_share
 
     side = args.grid or (14 if args.crops else teacher.resolution // teacher.patch_size)
     crop = RandomCrop(args.crop_min_scale, args.crop_max_scale, args.horizontal_flip)

@@ -3,11 +3,20 @@
 
 import argparse
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .running import add_fields, run_training, trainer_class
+from .loading import model_name
+from .running import (
+    add_fields,
+    dataset_source,
+    log_skipped,
+    make_trainable,
+    picture_batches,
+    run_training,
+    scene_batches,
+    trainer_class,
+)
 
 
 DESCRIPTION = """\
@@ -48,16 +57,12 @@ def finetune(arguments: Any) -> dict[str, Any]:
     Trainer = trainer_class()
     from transformers.utils.logging import disable_progress_bar
 
-    from ..training.run_folder import RunLog
     from ..training.segmentation import InteractiveSegmentation
 
     disable_progress_bar()  # one for each saved model would break ours into pieces
     annotated, evaluation_sets = _training_data(arguments), _coco_samples(arguments)
     torch.manual_seed(arguments.seed)
     model, processor = build_model(arguments)
-    if arguments.gradient_checkpointing:
-        # transformers 5.23 renames it
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     module = InteractiveSegmentation(
         model, processor, arguments.sampling(), arguments.loss_weights(), arguments.box_focal_alpha
     )
@@ -67,8 +72,7 @@ def finetune(arguments: Any) -> dict[str, Any]:
     batches = _annotated_batches(arguments, processor, **annotated) if annotated else _scene_batches(arguments)
     trainer = Trainer(module, batches, arguments)
     if annotated:
-        log = RunLog(trainer.run / "log.jsonl")  # of every process: each meets other samples
-        batches.report = lambda index, reason: log("skipped", sample=index, reason=reason)
+        log_skipped(trainer, batches)
     if arguments.evaluate_scenes:
         evaluation_sets["scenes"] = _scene_samples(arguments)
     if evaluation_sets:
@@ -87,16 +91,14 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
         EfficientSamModel,
         EfficientSamProcessor,
         SamiForPreTraining,
-        default_checkpoint,
     )
-    from ..training.attention import use_matrix_products
 
     image_size = arguments.stages()[-1].image_size
     overrides = arguments.overrides()
     vision = {**overrides.pop("vision_config", {}), "image_size": image_size}
     # Scenes are rendered at the training size; averaging is what brings a larger photo closest to that.
     image_processor = EfficientSamImageProcessor(size=image_size, antialias=True)
-    source = default_checkpoint() if arguments.model == "default" else arguments.model
+    source = model_name(arguments.model)
     if source in ("ti", "s", "b"):
         model = EfficientSamModel(EfficientSamConfig.from_preset(source, vision_config=vision, **overrides))
     elif (architecture := PreTrainedConfig.get_config_dict(source)[0].get("model_type")) == "sami":
@@ -113,85 +115,50 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
         model = EfficientSamModel.from_pretrained(source, dtype=torch.float32)
         model.config.vision_config.image_size = image_size
         image_processor = EfficientSamImageProcessor.from_pretrained(source, size=image_size)
-    if arguments.cpu or not torch.cuda.is_available():
-        use_matrix_products(model)
+    make_trainable(model, arguments)
     return model, EfficientSamProcessor.for_model(model.config, image_processor)
 
 
 def _scene_batches(arguments: Any) -> Any:
-    from accelerate import PartialState
-
-    from ..data.scene_bank import SceneBank
-    from ..training.scene_batches import SceneBatches
-
-    state = PartialState(cpu=arguments.cpu)
-    on_device = state.device if arguments.data_workers == 0 else "cpu"
-    return SceneBatches(
-        bank=SceneBank.build(seed=0, device=on_device),
-        stages=arguments.stages(),
-        seed=arguments.seed,
+    return scene_batches(
+        arguments,
         objects=arguments.objects_per_image,
         min_area=arguments.min_object_area,
         max_area=arguments.max_object_area,
-        rank=state.process_index,
-        processes=state.num_processes,
-        workers=arguments.data_workers,
     )
 
 
 def _training_data(arguments: Any) -> dict[str, Any]:
     """{"samples"} of annotated pictures, {"stream", "read"} of those that come one after the other, {} for scenes."""
-    from ..data import coco, dataset_samples, sa1b
+    from ..data import coco, sa1b, tars
 
     if arguments.train_annotations:
         return {"samples": coco.CocoSamples(arguments.train_annotations, arguments.train_images)}
     if arguments.train_sa1b:
-        tars = sa1b.find_tars(arguments.train_sa1b)
-        if tars and next(Path(arguments.train_sa1b).rglob("*.json"), None):
+        found = tars.find_tars(arguments.train_sa1b)
+        if found and next(Path(arguments.train_sa1b).rglob("*.json"), None):
             raise ValueError(f"train_sa1b: {arguments.train_sa1b} holds tars and loose .json files; give one of them")
-        if tars and arguments.train_limit:
+        if found and arguments.train_limit:
             raise ValueError("train_limit is for pictures that are stored; tars are streamed")
-        if tars:
-            return {"stream": sa1b.stream_tars(tars), "read": sa1b.read_row}
+        if found:
+            return {"stream": sa1b.stream_tars(found), "read": sa1b.read_row}
         return {"samples": sa1b.Sa1bFolder(arguments.train_sa1b)}
     if arguments.train_dataset:
-        columns = {"image_column": arguments.image_column, "masks_column": arguments.masks_column}
-        if arguments.stream:
-            stream = dataset_samples.load_stream(arguments.train_dataset, arguments.train_split, **columns)
-            return {"stream": stream, "read": partial(dataset_samples.read_row, **columns)}
-        return {"samples": dataset_samples.load_samples(arguments.train_dataset, arguments.train_split, **columns)}
+        return dataset_source(arguments, arguments.masks_column)
     return {}
 
 
-def _annotated_batches(
-    arguments: Any, processor: Any, samples: Any = None, stream: Any = None, read: Callable | None = None
-) -> Any:
-    from accelerate import PartialState
-    from torch.utils.data import Subset
-
+def _annotated_batches(arguments: Any, processor: Any, **source: Any) -> Any:
     from ..training.mask_preparation import MaskPreparation
-    from ..training.sample_batches import SampleBatches
-    from ..training.stream_batches import StreamBatches
 
-    state = PartialState(cpu=arguments.cpu)
-    common = {
-        "preparation": MaskPreparation(
-            image_processor=processor.image_processor,
-            objects=arguments.objects_per_image,
-            min_area=arguments.min_object_area,
-            max_area=arguments.max_object_area,
-            augmentation=arguments.augmentation(),
-        ),
-        "seed": arguments.seed,
-        "rank": state.process_index,
-        "processes": state.num_processes,
-        "workers": arguments.data_workers,
-    }
-    if stream is not None:
-        return StreamBatches(stream, read, shuffle_buffer=arguments.shuffle_buffer, **common)
-    if arguments.train_limit is not None:
-        samples = Subset(samples, range(min(arguments.train_limit, len(samples))))
-    return SampleBatches(samples, **common)
+    preparation = MaskPreparation(
+        image_processor=processor.image_processor,
+        objects=arguments.objects_per_image,
+        min_area=arguments.min_object_area,
+        max_area=arguments.max_object_area,
+        augmentation=arguments.augmentation(),
+    )
+    return picture_batches(arguments, preparation, **source)
 
 
 def _scene_samples(arguments: Any) -> list[dict[str, Any]]:

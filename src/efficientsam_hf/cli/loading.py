@@ -23,7 +23,8 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
     """Model in evaluation mode on its device, and processor; `ValueError` or `OSError` that names what is wrong.
 
-    `name` is a folder or a Hub name, None the checkpoint that ships; `args` has what `add_model_options` added.
+    `name` is a folder or a Hub name, None or `default` the checkpoint that ships; `args` has what `add_model_options`
+    added.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
@@ -31,10 +32,8 @@ def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoModelForMaskGeneration, AutoProcessor
     from transformers.utils import logging
 
-    from .. import default_checkpoint
-
     device = pick_device(args.device)
-    name = str(name or default_checkpoint())
+    name = model_name(name or "default")
     check_name(name)
     options = {"dtype": getattr(torch, args.dtype)} if args.dtype else {}
     bars = logging.is_progress_bar_enabled()
@@ -49,6 +48,13 @@ def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
         if bars:
             logging.enable_progress_bar()
     return model.to(device).eval(), processor
+
+
+def model_name(name: str) -> str:
+    """The folder that ships for `default`, any other name as it is."""
+    from .. import default_checkpoint
+
+    return default_checkpoint() if name == "default" else name
 
 
 @contextmanager

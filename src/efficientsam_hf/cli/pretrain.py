@@ -2,11 +2,20 @@
 """`efficientsam pretrain`: SAMI, masked image pretraining with a teacher's features, or MAE."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .running import add_fields, run_training, trainer_class
+from .loading import model_name
+from .running import (
+    add_fields,
+    dataset_source,
+    log_skipped,
+    make_trainable,
+    picture_batches,
+    run_training,
+    scene_batches,
+    trainer_class,
+)
 
 
 DESCRIPTION = """\
@@ -48,7 +57,6 @@ def pretrain(arguments: Any) -> dict[str, Any]:
     from transformers.utils.logging import disable_progress_bar
 
     from ..training.pretraining import MaskedPretraining
-    from ..training.run_folder import RunLog
 
     disable_progress_bar()  # one for each saved model would break ours into pieces
     cache = _cache(arguments)
@@ -59,8 +67,7 @@ def pretrain(arguments: Any) -> dict[str, Any]:
     batches = _batches(arguments, teacher, cache, **source)
     trainer = Trainer(MaskedPretraining(model, teacher), batches, arguments)
     if source:
-        log = RunLog(trainer.run / "log.jsonl")  # of every process: each meets other pictures
-        batches.report = lambda index, reason: log("skipped", sample=index, reason=reason)
+        log_skipped(trainer, batches)
     return trainer.train()
 
 
@@ -69,7 +76,7 @@ def build_student(arguments: Any, target_width: int) -> Any:
     import torch
 
     from .. import SamiConfig, SamiForPreTraining
-    from ..training.attention import use_matrix_products
+    from ..training.crop_preparation import PATCH_SIZE
 
     fields = arguments.student_fields(target_width or 256, arguments.stages()[-1].image_size)
     if arguments.model in ("ti", "s", "b"):
@@ -83,11 +90,9 @@ def build_student(arguments: Any, target_width: int) -> Any:
         model = SamiForPreTraining.from_pretrained(arguments.model, dtype=torch.float32)
         model.config.vision_config.image_size = arguments.stages()[-1].image_size
         _check_same(model.config, fields, arguments.model)
-    if arguments.gradient_checkpointing:
-        # transformers 5.23 renames it
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    if arguments.cpu or not torch.cuda.is_available():
-        use_matrix_products(model)
+    if model.config.vision_config.patch_size != PATCH_SIZE:
+        raise ValueError(f"patch_size is {model.config.vision_config.patch_size}, expected that of EfficientSAM, 16")
+    make_trainable(model, arguments)
     return model
 
 
@@ -111,19 +116,12 @@ def _teacher(arguments: Any) -> Any:
     from ..data.teacher import load_teacher
 
     return load_teacher(
-        teacher_name(arguments.teacher),
+        model_name(arguments.teacher),
         resolution=arguments.teacher_resolution,
         revision=arguments.teacher_revision,
         device=PartialState(cpu=arguments.cpu).device,
         dtype=getattr(torch, arguments.teacher_dtype),
     )
-
-
-def teacher_name(name: Any) -> Any:
-    """The folder behind `default`, anything else as it is."""
-    from .. import default_checkpoint
-
-    return default_checkpoint() if name == "default" else name
 
 
 def _cache(arguments: Any) -> Any:
@@ -132,11 +130,12 @@ def _cache(arguments: Any) -> Any:
         return None
     from ..data.feature_cache import FeatureCache
     from ..identity import model_revision
+    from ..training.crop_preparation import PATCH_SIZE
 
     cache = FeatureCache(arguments.train_features)
     index = cache.index
     if arguments.teacher is not None:
-        name = teacher_name(arguments.teacher)
+        name = model_name(arguments.teacher)
         revision = model_revision(name, arguments.teacher_revision)
         if revision != index.revision:
             raise ValueError(
@@ -149,7 +148,7 @@ def _cache(arguments: Any) -> Any:
             f"{index.resolution}"
         )
     for stage in arguments.stages() if index.crops else ():
-        if index.grid != (stage.image_size // 16, stage.image_size // 16):
+        if index.grid != (stage.image_size // PATCH_SIZE,) * 2:
             raise ValueError(
                 f"image_sizes: cache {cache.folder} has features on a grid of {index.grid}, which is not that of "
                 f"{stage.image_size} pixels"
@@ -159,73 +158,40 @@ def _cache(arguments: Any) -> Any:
 
 def _source(arguments: Any, cache: Any) -> dict[str, Any]:
     """{"samples"} of stored pictures, {"stream", "read"} of those that come one after the other, {} for scenes."""
-    from ..data import dataset_samples, images, sa1b
+    from ..data import images, tars
 
     if arguments.train_scenes and cache:
         if cache.index.scenes is None:
             raise ValueError(f"train_scenes: cache {cache.folder} is of other pictures, {cache.index.pictures}")
         return {"samples": images.SceneImages(cache.index.images, *cache.index.scenes)}
     if arguments.train_images:
-        tars = sa1b.find_tars(arguments.train_images)
-        if tars and (arguments.train_limit or cache):
+        found = tars.find_tars(arguments.train_images)
+        if found and (arguments.train_limit or cache):
             raise ValueError("train_limit and train_features are for pictures that are stored; tars are streamed")
-        if tars and any(path.suffix.lower() in images.ENDINGS for path in Path(arguments.train_images).rglob("*")):
+        if found and any(path.suffix.lower() in images.ENDINGS for path in Path(arguments.train_images).rglob("*")):
             raise ValueError(f"train_images: {arguments.train_images} holds tars and loose pictures; give one of them")
-        if tars:
-            return {"stream": images.stream_tars(tars), "read": images.read_row}
+        if found:
+            return {"stream": images.stream_tars(found), "read": images.read_row}
         return {"samples": images.ImageFolder(arguments.train_images)}
     if arguments.train_dataset:
-        columns = {"image_column": arguments.image_column, "masks_column": None}
-        name, split = arguments.train_dataset, arguments.train_split
-        if arguments.stream:
-            stream = dataset_samples.load_stream(name, split, **columns)
-            return {"stream": stream, "read": partial(dataset_samples.read_row, **columns)}
-        return {"samples": dataset_samples.load_samples(name, split, **columns)}
+        return dataset_source(arguments, masks_column=None)
     return {}
 
 
-def _batches(
-    arguments: Any, teacher: Any, cache: Any, samples: Any = None, stream: Any = None, read: Any = None
-) -> Any:
-    from accelerate import PartialState
-    from torch.utils.data import Subset
-
+def _batches(arguments: Any, teacher: Any, cache: Any, **source: Any) -> Any:
     from ..data.feature_cache import CachedSamples
     from ..training.crop_preparation import CachedCropPreparation
-    from ..training.sample_batches import SampleBatches
-    from ..training.stream_batches import StreamBatches
 
-    state = PartialState(cpu=arguments.cpu)
-    common = {
-        "seed": arguments.seed,
-        "rank": state.process_index,
-        "processes": state.num_processes,
-        "workers": arguments.data_workers,
-    }
-    if samples is None and stream is None:
-        return _scene_batches(arguments, teacher, state.device, **common)
     alike = teacher is None or {stage.image_size for stage in arguments.stages()} == {teacher.resolution}
+    if not source:  # whole scenes, never cropped: each is seen once
+        if not alike:
+            raise ValueError(
+                f"teacher_resolution is {teacher.resolution}, expected the image_sizes of scenes, "
+                f"{arguments.image_sizes}: a scene is rendered once, at one size"
+            )
+        return scene_batches(arguments, objects=0)
     preparation = arguments.preparation(None if alike else teacher.resolution)
-    if stream is not None:
-        buffer = arguments.shuffle_buffer
-        return StreamBatches(stream, read, preparation, shuffle_buffer=buffer, **common)
     if cache:
-        samples, preparation = CachedSamples(samples, cache, preparation.crops), CachedCropPreparation()
-    if arguments.train_limit is not None:
-        samples = Subset(samples, range(min(arguments.train_limit, len(samples))))
-    return SampleBatches(samples, preparation, **common)
-
-
-def _scene_batches(arguments: Any, teacher: Any, device: Any, **common: Any) -> Any:
-    """Whole scenes, never cropped: each is seen once."""
-    from ..data.scene_bank import SceneBank
-    from ..training.scene_batches import SceneBatches
-
-    sizes = {stage.image_size for stage in arguments.stages()}
-    if teacher is not None and sizes != {teacher.resolution}:
-        raise ValueError(
-            f"teacher_resolution is {teacher.resolution}, expected the image_sizes of scenes, {sorted(sizes)}: a "
-            "scene is rendered once, at one size"
-        )
-    bank = SceneBank.build(seed=0, device=device if arguments.data_workers == 0 else "cpu")
-    return SceneBatches(bank=bank, stages=arguments.stages(), objects=0, **common)
+        source["samples"] = CachedSamples(source["samples"], cache, preparation.crops)
+        preparation = CachedCropPreparation()
+    return picture_batches(arguments, preparation, **source)

@@ -4,6 +4,7 @@
 import argparse
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,77 @@ def run_training(args: argparse.Namespace, command: str, kind: type, train: Call
         f"({summary['images_per_s']:.1f} images/s); model: {Path(arguments.output_dir) / 'model'}"
     )
     return 0 if summary["interrupted"] is None else STOPPED + signal.Signals[summary["interrupted"]]
+
+
+def make_trainable(model: Any, arguments: Any) -> None:
+    """Checkpointing of activations as the arguments say, and attention that is fast where the model trains."""
+    import torch
+
+    from ..training.attention import use_matrix_products
+
+    if arguments.gradient_checkpointing:
+        # transformers 5.23 renames it
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    if arguments.cpu or not torch.cuda.is_available():
+        use_matrix_products(model)
+
+
+def dataset_source(arguments: Any, masks_column: str | None) -> dict[str, Any]:
+    """{"samples"} of train_dataset if it is stored, {"stream", "read"} if it is streamed."""
+    from ..data import dataset_samples
+
+    columns = {"image_column": arguments.image_column, "masks_column": masks_column}
+    name, split = arguments.train_dataset, arguments.train_split
+    if arguments.stream:
+        stream = dataset_samples.load_stream(name, split, **columns)
+        return {"stream": stream, "read": partial(dataset_samples.read_row, **columns)}
+    return {"samples": dataset_samples.load_samples(name, split, **columns)}
+
+
+def picture_batches(
+    arguments: Any, preparation: Any, samples: Any = None, stream: Any = None, read: Callable | None = None
+) -> Any:
+    """This process's batches of stored pictures, the first `train_limit` of them, or of streamed ones."""
+    from torch.utils.data import Subset
+
+    from ..training.sample_batches import SampleBatches
+    from ..training.stream_batches import StreamBatches
+
+    own = _own_part(arguments)
+    if stream is not None:
+        return StreamBatches(stream, read, preparation, shuffle_buffer=arguments.shuffle_buffer, **own)
+    if arguments.train_limit is not None:
+        samples = Subset(samples, range(min(arguments.train_limit, len(samples))))
+    return SampleBatches(samples, preparation, **own)
+
+
+def scene_batches(arguments: Any, **options: Any) -> Any:
+    """This process's batches of generated scenes, rendered where it trains or by its workers."""
+    from accelerate import PartialState
+
+    from ..data.scene_bank import SceneBank
+    from ..training.scene_batches import SceneBatches
+
+    device = "cpu" if arguments.data_workers else PartialState(cpu=arguments.cpu).device
+    bank = SceneBank.build(seed=0, device=device)
+    return SceneBatches(bank=bank, stages=arguments.stages(), **options, **_own_part(arguments))
+
+
+def _own_part(arguments: Any) -> dict[str, Any]:
+    """What all batches know of the process they are for."""
+    from accelerate import PartialState
+
+    state = PartialState(cpu=arguments.cpu)
+    processes = {"rank": state.process_index, "processes": state.num_processes}
+    return {"seed": arguments.seed, "workers": arguments.data_workers, **processes}
+
+
+def log_skipped(trainer: Any, batches: Any) -> None:
+    """Let samples that cannot be used be named in log.jsonl, by every process: each meets others."""
+    from ..training.run_folder import RunLog
+
+    log = RunLog(trainer.run / "log.jsonl")
+    batches.report = lambda index, reason: log("skipped", sample=index, reason=reason)
 
 
 def _leave_other_processes() -> None:

@@ -144,10 +144,11 @@ def write_cache(
         if processes == 1 and any(folder.glob("features-*")):  # of several, another may be faster than this one
             raise ValueError(f"{folder} holds features, but no {INDEX} that says whose; choose another folder")
         write_json(folder / INDEX, asdict(index))
-    missing = [n for n in range(rank, index.shards, processes) if not shard_path(folder, n).is_file()]
-    yield sum(len(index.records_of(n)) for n in range(rank, index.shards, processes) if n not in set(missing))
+    own = range(rank, index.shards, processes)
+    missing = [number for number in own if not shard_path(folder, number).is_file()]
+    yield sum(len(index.records_of(number)) for number in own) - sum(len(index.records_of(n)) for n in missing)
     shard = _Shard()
-    groups = [group for number in missing for group in _groups(index.records_of(number), batch_size)]
+    groups = (group for number in missing for group in _groups(index.records_of(number), batch_size))
     for batch in ordered_batches(_Parts(index, samples), groups, workers):
         shard.add(batch, teacher, index.grid)
         yield len(batch["asked"])

@@ -3,7 +3,6 @@
 
 import hashlib
 import io
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from PIL import Image
 from ..models.image_processing_efficientsam import open_image
 from .scene_bank import SceneBank
 from .scenes import render_scenes
+from .tars import stream_rows, tar_files
 
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -51,15 +51,8 @@ class ImageFolder:
 
 
 def stream_tars(tars: list[Path]) -> Any:
-    """A `datasets.IterableDataset` of rows for `read_row`: the pictures of tars, unpacked nowhere, each tar a shard.
-
-    Raises `ImportError` without the `datasets` library.
-    """
-    try:
-        from datasets import IterableDataset
-    except ImportError as error:
-        raise ImportError("tars are streamed by datasets: pip install 'efficientsam-hf[train]'") from error
-    return IterableDataset.from_generator(_read_tars, gen_kwargs={"tars": [str(path) for path in tars]})
+    """A `datasets.IterableDataset` of rows for `read_row`; raises `ImportError` without the `datasets` library."""
+    return stream_rows(tars, _read_tars)
 
 
 def read_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -73,13 +66,10 @@ def _read_tars(tars: list[str]) -> Iterator[dict[str, Any]]:
     """Rows {"name", "picture": bytes, "problem": what is wrong or ""}."""
     for path in tars:
         try:
-            with tarfile.open(path, "r|*") as archive:
-                for member in archive:
-                    if member.isfile() and Path(member.name).suffix.lower() in ENDINGS:
-                        picture = archive.extractfile(member).read()
-                        yield {"name": member.name.removeprefix("./"), "picture": picture, "problem": ""}
-        except (OSError, tarfile.TarError) as error:
-            yield {"name": path, "picture": b"", "problem": f"{path} is damaged: {error}"}
+            for name, picture in tar_files(path, ENDINGS):
+                yield {"name": name, "picture": picture, "problem": ""}
+        except ValueError as error:
+            yield {"name": path, "picture": b"", "problem": str(error)}
 
 
 class SceneImages:

@@ -3,7 +3,6 @@
 
 import io
 import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from ..models.image_processing_efficientsam import open_image
 from ..models.rle_efficientsam import decode_rle
 from .coco import check_rle_size
+from .tars import stream_rows, tar_files
 
 
 MOST_HALVES = 1000  # files of a tar that wait for the other one of their picture
@@ -47,23 +47,9 @@ class Sa1bFolder:
         return make_sample(name, picture.read_bytes(), path.read_bytes())
 
 
-def find_tars(folder: str | Path) -> list[Path]:
-    """The tars in an SA-1B folder and its subfolders, in the order of their paths."""
-    paths = (path for pattern in ("*.tar", "*.tar.gz", "*.tgz") for path in Path(folder).rglob(pattern))
-    return sorted(paths)
-
-
 def stream_tars(tars: list[Path]) -> Any:
-    """A `datasets.IterableDataset` of rows for `read_row`; each tar is a shard, read from its beginning and unpacked
-    nowhere.
-
-    Raises `ImportError` without the `datasets` library.
-    """
-    try:
-        from datasets import IterableDataset
-    except ImportError as error:
-        raise ImportError("tars are streamed by datasets: pip install 'efficientsam-hf[train]'") from error
-    return IterableDataset.from_generator(_read_tars, gen_kwargs={"tars": [str(path) for path in tars]})
+    """A `datasets.IterableDataset` of rows for `read_row`; raises `ImportError` without the `datasets` library."""
+    return stream_rows(tars, _read_tars)
 
 
 def read_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -78,20 +64,17 @@ def _read_tars(tars: list[str]) -> Iterator[dict[str, Any]]:
     for path in tars:
         halves: dict[str, dict[str, bytes]] = {}
         try:
-            with tarfile.open(path, "r|*") as archive:
-                for member in archive:
-                    stem, _, kind = member.name.removeprefix("./").rpartition(".")
-                    if not member.isfile() or kind not in ("jpg", "json"):
-                        continue
-                    pair = halves.setdefault(stem, {})
-                    pair[kind] = archive.extractfile(member).read()
-                    if len(pair) == 2:
-                        yield {"name": stem, "picture": pair["jpg"], "annotations": pair["json"], "problem": ""}
-                        del halves[stem]
-                    elif len(halves) > MOST_HALVES:  # or a tar with all pictures first would have to fit in memory
-                        yield _half(path, *halves.popitem())
-        except (OSError, tarfile.TarError) as error:
-            yield {"name": path, "picture": b"", "annotations": b"", "problem": f"{path} is damaged: {error}"}
+            for name, content in tar_files(path, (".jpg", ".json")):
+                stem, _, kind = name.rpartition(".")
+                pair = halves.setdefault(stem, {})
+                pair[kind.lower()] = content
+                if len(pair) == 2:
+                    yield {"name": stem, "picture": pair["jpg"], "annotations": pair["json"], "problem": ""}
+                    del halves[stem]
+                elif len(halves) > MOST_HALVES:  # or a tar with all pictures first would have to fit in memory
+                    yield _half(path, *halves.popitem())
+        except ValueError as error:
+            yield {"name": path, "picture": b"", "annotations": b"", "problem": str(error)}
         for stem, pair in halves.items():
             yield _half(path, stem, pair)
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..data.coco import CocoSamples
 from ..metrics import mask_iou
 from ..models.rle_efficientsam import encode_rle
-from .processes import collect, is_main, own_share
+from ..processes import collect, is_main, own_share
 from .prompted_image import PromptedImage, compute_context, evaluating
 
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from ..data.prompts import center_points, tight_boxes, uniform_points
 from ..metrics import bootstrap_difference, chosen_and_best, mask_area, mask_iou
+from ..processes import collect, is_main, own_share
 from ..visualization import contact_sheet, draw_masks, draw_prompts
-from .processes import collect, is_main, own_share
 from .prompted_image import PromptedImage, compute_context, evaluating
 
 

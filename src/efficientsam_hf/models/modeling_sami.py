@@ -161,7 +161,7 @@ class SamiDecoder(nn.Module):
         else:
             tokens = self._decode(torch.cat([cls_token, anchors, masked], dim=1), anchors[:, :0], **kwargs)
             tokens = tokens[:, cls_token.shape[1] :]
-        return self.head(self.norm(in_image_order(tokens, ids_restore)))
+        return self.head(self.norm(take_tokens(tokens, ids_restore)))
 
     def _decode(self, hidden_states: torch.Tensor, anchors: torch.Tensor, **kwargs) -> torch.Tensor:
         for layer in self.layers:
@@ -312,11 +312,6 @@ def shuffle_patches(noise: torch.Tensor, visible: int) -> tuple[torch.Tensor, to
 def take_tokens(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """(B, N, D), (B, V) -> (B, V, D)."""
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-
-
-def in_image_order(shuffled: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-    """Put visible and masked tokens, one after the other, back in their places: (B, N, W), (B, N) -> (B, N, W)."""
-    return take_tokens(shuffled, ids_restore)
 
 
 __all__ = ["SamiForPreTraining"]

@@ -12,6 +12,9 @@ from ..data.crops import RandomCrop, crop
 from .normalization import normalize
 
 
+PATCH_SIZE = 16  # of every student: an EfficientSAM has no other
+
+
 @dataclass(frozen=True)
 class CropPreparation:
     """A random part of the picture, stretched to a square.
@@ -22,7 +25,6 @@ class CropPreparation:
 
     crops: RandomCrop = field(default_factory=RandomCrop)
     teacher_size: int | None = None
-    patch_size: int = 16
 
     def __call__(self, sample: dict[str, Any], size: int, generator: np.random.Generator) -> dict[str, torch.Tensor]:
         """pixel_values (3, S, S), ImageNet-normalised, and noise (N,), which decides what is hidden.
@@ -31,7 +33,7 @@ class CropPreparation:
         """
         image = sample["image"]
         box, mirrored = self.crops.draw(image.size, generator)
-        noise = draw_noise((size // self.patch_size) ** 2, generator)
+        noise = draw_noise((size // PATCH_SIZE) ** 2, generator)
         row = {"pixel_values": normalize(crop(image, box, size, mirrored)), "noise": noise}
         if self.teacher_size is not None:
             row["teacher_images"] = crop(image, box, self.teacher_size, mirrored)
@@ -49,11 +51,9 @@ class CropPreparation:
 class CachedCropPreparation:
     """A part of the picture with the teacher's features of it from a cache; samples are those of `CachedSamples`."""
 
-    patch_size: int = 16
-
     def __call__(self, sample: dict[str, Any], size: int, generator: np.random.Generator) -> dict[str, torch.Tensor]:
         """pixel_values (3, S, S), ImageNet-normalised, noise (N,) and target_features (N, C), float32."""
-        side = size // self.patch_size
+        side = size // PATCH_SIZE
         box, mirrored, features = sample["part"](generator, (side, side))
         pixels = normalize(crop(sample["image"], box, size, mirrored))
         return {"pixel_values": pixels, "noise": draw_noise(side * side, generator), "target_features": features}

@@ -68,7 +68,8 @@ class Trainer:
         )
         self.whole = self._whole_copy(module)
         if self.accelerator.is_main_process:
-            remove_leftovers(Path(arguments.output_dir))
+            if arguments.resume:  # what another run is writing at this moment is not ours to delete
+                remove_leftovers(Path(arguments.output_dir))
             check_room(Path(arguments.output_dir), self._bytes_needed(module))
             open_run(arguments)
         self.accelerator.wait_for_everyone()

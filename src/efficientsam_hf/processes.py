@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures shared between the processes of `accelerate launch` or torchrun; a process that is alone has them all.
+"""Work shared between the processes of `accelerate launch` or torchrun; a process that is alone has all of it.
 
 Between `own_share` and `collect` the processes do not wait for each other.
 """
@@ -22,7 +22,7 @@ def is_main() -> bool:
 
 
 def own_share(count: int) -> range:
-    """Numbers of the pictures, of 0 to `count` - 1, that fall to this process."""
+    """Numbers, of 0 to `count` - 1, that fall to this process: of pictures, of shards."""
     return range(dist.get_rank(), count, dist.get_world_size()) if _several() else range(count)
 
 
