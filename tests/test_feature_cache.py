@@ -323,3 +323,4 @@ def test_bad_options(tmp_path, vit, capsys, flags, words) -> None:
     command = ["features", "--teacher", vit, *source, "--device", "cpu", "--output", str(tmp_path / "cache")]
     assert main([*command, *flags]) == 2
     assert words in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()

@@ -214,6 +214,8 @@ def test_bad_teachers_are_named(folders: Path, tmp_path: Path) -> None:
         load_teacher(str(tmp_path))
     with pytest.raises(OSError, match="absent"):
         load_teacher(str(tmp_path / "absent"))
+    with pytest.raises(OSError, match="some/absent is no folder, and cannot be found on the Hub"):
+        load_teacher("some/absent")
     models()["vit"].save_pretrained(tmp_path / "bare")
     with pytest.raises(OSError, match="image processor"):
         load_teacher(str(tmp_path / "bare"))

@@ -213,7 +213,8 @@ train_without_dropout(Path(sys.argv[1]), pieces(2, int(os.environ["RANK"]), 2), 
 def run_twice(folder: Path, script: str, *arguments: str) -> None:
     """Run a script in two processes that know of each other."""
     tests = Path(__file__).parent
-    (folder / "two.py").write_text(script)
+    # A group that nobody leaves is torn down in no order when the interpreters end, and that may abort one of them.
+    (folder / "two.py").write_text(script + "\nimport torch\ntorch.distributed.destroy_process_group()\n")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, str(folder / "two.py"), *arguments]
@@ -371,6 +372,17 @@ def test_nonfinite_loss_stops_the_run_and_changes_nothing(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="not finite for 3 steps in a row"):
         Trainer(module, batches, make_arguments(tmp_path / "run", max_nonfinite=3)).train()
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_half_precision_that_cannot_be_had_is_refused(tmp_path) -> None:
+    """Accelerate would compute in float32 without a word. In a process of its own: Accelerate has one precision."""
+    script = "from test_trainer import *; train(Path(sys.argv[1]), mixed_precision='fp16')"
+    tests = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert "ValueError: mixed_precision fp16 needs a GPU, got cpu: take bf16 or no" in done.stderr
+    assert not (tmp_path / "run").exists()
 
 
 def test_picture_is_written(tmp_path) -> None:

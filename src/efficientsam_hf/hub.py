@@ -18,7 +18,8 @@ import torch
 from huggingface_hub import EvalResult, ModelCardData
 
 from .files import write_folder, write_json, write_text
-from .models.configuration_efficientsam import VISION_PRESETS
+from .identity import model_type
+from .models.configuration_efficientsam import VISION_PRESETS, EfficientSamConfig
 from .models.modeling_efficientsam import EfficientSamModel
 from .models.processing_efficientsam import EfficientSamProcessor
 
@@ -81,6 +82,9 @@ def export_run(
     check_destination(destination, overwrite)
     record = read_run(Path(run))
     evaluations = [read_evaluation(Path(path)) for path in _as_list(metrics)]
+    kind = model_type(str(record.folder / "model"))
+    if kind != EfficientSamConfig.model_type:
+        raise ValueError(f"{record.folder} trained a model of type {kind!r}; only an EfficientSAM can be exported")
     model = EfficientSamModel.from_pretrained(record.folder / "model", dtype=torch.float32)
     processor = EfficientSamProcessor.from_pretrained(record.folder / "model")
     card = model_card(record, model, evaluations, destination.name, half, with_code)

@@ -4,8 +4,14 @@
 import hashlib
 from pathlib import Path
 
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
+
+
+def model_type(name: str) -> str | None:
+    """What a folder's or Hub model's config says it is: "efficientsam", "sami", ...; OSError if there is none."""
+    return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
 
 
 def model_revision(name: str, revision: str | None = None) -> str:
@@ -23,7 +29,10 @@ def model_revision(name: str, revision: str | None = None) -> str:
                 while block := file.read(2**20):
                     digest.update(block)
         return f"sha256:{digest.hexdigest()[:16]}"
-    commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+    try:
+        commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
+    except OSError as error:
+        raise OSError(f"{name} is no folder, and cannot be found on the Hub: {error}") from error
     if commit is None:
         raise OSError(f"{name} is no folder, and its commit on the Hub cannot be found")
     return commit

@@ -93,7 +93,8 @@ def _check(args: argparse.Namespace) -> None:
         if getattr(args, name) < 0:
             raise ValueError(f"--{name} must be at least 0, got {getattr(args, name)}")
     if not args.check:
-        check_writable(Path(args.output))
+        output = Path(args.output)
+        check_writable(output if output.exists() else output.parent)  # nothing is left behind by what fails below
 
 
 def _samples(args: argparse.Namespace) -> Any:

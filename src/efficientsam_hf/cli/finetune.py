@@ -83,7 +83,6 @@ def finetune(arguments: Any) -> dict[str, Any]:
 def build_model(arguments: Any) -> tuple[Any, Any]:
     """Model with float32 weights, new, loaded, or new around a SAMI encoder, and a processor for the last stage."""
     import torch
-    from transformers.configuration_utils import PreTrainedConfig
 
     from .. import (
         EfficientSamConfig,
@@ -92,6 +91,7 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
         EfficientSamProcessor,
         SamiForPreTraining,
     )
+    from ..identity import model_type
 
     image_size = arguments.stages()[-1].image_size
     overrides = arguments.overrides()
@@ -101,7 +101,7 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
     source = model_name(arguments.model)
     if source in ("ti", "s", "b"):
         model = EfficientSamModel(EfficientSamConfig.from_preset(source, vision_config=vision, **overrides))
-    elif (architecture := PreTrainedConfig.get_config_dict(source)[0].get("model_type")) == "sami":
+    elif (architecture := model_type(source)) == "sami":
         sami = SamiForPreTraining.from_pretrained(source, dtype=torch.float32)
         vision = {**sami.config.vision_config.to_dict(), "output_channels": 256, **vision}
         model = EfficientSamModel.from_sami(sami, EfficientSamConfig(vision_config=vision, **overrides))

@@ -76,15 +76,16 @@ def build_student(arguments: Any, target_width: int) -> Any:
     import torch
 
     from .. import SamiConfig, SamiForPreTraining
+    from ..identity import model_type
     from ..training.crop_preparation import PATCH_SIZE
 
     fields = arguments.student_fields(target_width or 256, arguments.stages()[-1].image_size)
     if arguments.model in ("ti", "s", "b"):
         model = SamiForPreTraining(SamiConfig.from_preset(arguments.model, **fields))
     else:
-        model_type = SamiConfig.get_config_dict(arguments.model)[0].get("model_type")
-        if model_type != SamiConfig.model_type:
-            raise ValueError(f"model: {arguments.model} is of model_type {model_type!r}, not a SAMI model")
+        architecture = model_type(arguments.model)
+        if architecture != SamiConfig.model_type:
+            raise ValueError(f"model: {arguments.model} is of model_type {architecture!r}, not a SAMI model")
         if arguments.overrides():
             raise ValueError("model_overrides is for presets (ti, s, b); a checkpoint keeps its config")
         model = SamiForPreTraining.from_pretrained(arguments.model, dtype=torch.float32)

@@ -66,6 +66,8 @@ class Trainer:
             log_with=trackers or None,
             project_dir=arguments.output_dir,
         )
+        if arguments.mixed_precision == "fp16" and self.accelerator.scaler is None:  # float32 would be computed
+            raise ValueError(f"mixed_precision fp16 needs a GPU, got {self.accelerator.device}: take bf16 or no")
         self.whole = self._whole_copy(module)
         if self.accelerator.is_main_process:
             if arguments.resume:  # what another run is writing at this moment is not ours to delete
