@@ -2,6 +2,7 @@
 """What every test file shares: the folder beside the checkout, a photo, a fixed number of threads and seed."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -60,3 +61,11 @@ def recipe_without_teacher(tmp_path: Path) -> str:
         "".join(line for line in text.splitlines(True) if not line.startswith(("teacher", "train_scenes")))
     )
     return str(path)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads comes back after a run with another one."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

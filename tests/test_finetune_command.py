@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -99,14 +98,6 @@ def test_training_on_a_coco_file(tmp_path: Path) -> None:
     skipped = events(run, "skipped")
     assert [line["sample"] for line in skipped] == [3] and "not a picture" in skipped[0]["reason"]
     assert events(run, "end")[0]["images"] == 20
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """The number of threads comes back after a run with another one."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_killed_run_on_a_coco_file_ends_with_the_same_bits(tmp_path: Path, threads: None) -> None:

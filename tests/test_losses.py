@@ -102,6 +102,20 @@ def test_loss_is_the_weighted_sum_of_its_parts() -> None:
     torch.testing.assert_close(result["loss"], expected)
 
 
+def test_relaxation_trains_the_other_masks_too() -> None:
+    """Between the best of three at 0 and the mean of the three at 1, object by object."""
+    logits, scores, targets, real = example()
+    weights = {"single_weight": 0.0, "iou_weight": 0.0}
+    three = (20 * focal_loss(logits, targets[:, :, None]) + dice_loss(logits, targets[:, :, None]))[..., 1:]
+    share = torch.rand(real.shape, generator=torch.Generator().manual_seed(0))
+    expected = (1 - share) * three.amin(-1) + share * three.mean(-1)
+    result = segmentation_losses(logits, scores, targets, real, relaxation=share, **weights)
+    torch.testing.assert_close(result["loss"], expected[real].mean())
+    logits.requires_grad_()
+    segmentation_losses(logits, scores, targets, real, relaxation=1.0, **weights)["loss"].backward()
+    assert (logits.grad[:, :, 1:].abs().amax((-2, -1))[real] > 0).all()
+
+
 def test_balanced_alpha_puts_an_even_chance_at_logit_zero() -> None:
     logits = torch.linspace(-3, 3, 601)
     targets = torch.tensor([1.0, 0.0])  # each cell is mask in one of two cases

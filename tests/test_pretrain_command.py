@@ -2,9 +2,13 @@
 """`efficientsam pretrain` through the real command line, with a tiny student."""
 
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -156,3 +160,59 @@ def test_recipes_are_valid() -> None:
         data = {} if recipe.get("train_scenes") else {"train_images": str(RECIPES)}
         arguments = build_arguments(PretrainArguments, recipe, {"output_dir": "x", **data})
         assert arguments.adam_beta2 == 0.95 and arguments.ema_decay == 0
+
+
+def equal(one: Path, two: Path, **tolerance: float) -> None:
+    """AssertionError unless two runs ended with the same weights."""
+    runs = [SamiForPreTraining.from_pretrained(run / "model").state_dict() for run in (one, two)]
+    for name, value in runs[0].items():
+        torch.testing.assert_close(value, runs[1][name], **(tolerance or {"atol": 0, "rtol": 0}))
+
+
+# AdamW's first steps go by the sign of a gradient, also where that is rounding noise, so they are kept small.
+CLOSE = {"atol": 2e-5, "rtol": 1e-4}
+STEPS = ["--max-steps", "4", "--learning-rate", "1e-4", "--teacher-resolution", "64"]
+
+
+@pytest.mark.parametrize("source", [pytest.param("scenes", marks=pytest.mark.slow), "pictures"])
+def test_accumulation_equals_a_larger_batch(tmp_path: Path, recipe_without_teacher: str, source: str) -> None:
+    """4 x 2 and 1 x 8 hide the same patches of the same pictures."""
+    command = [*TRAIN, *STEPS]
+    if source == "pictures":
+        write_pictures(tmp_path / "pictures", 9)
+        command = ["pretrain", "--recipe", recipe_without_teacher, *TRAIN[3:], *STEPS[:4], *MAE]
+        command += ["--train-images", str(tmp_path / "pictures")]
+    for name, flags in (("large", ["8"]), ("parts", ["2", "--gradient-accumulation", "4"]), ("other", ["4"])):
+        assert main([*command, "--batch-size", *flags, "--output-dir", str(tmp_path / name)]) == 0
+    equal(tmp_path / "large", tmp_path / "parts", **CLOSE)
+    with pytest.raises(AssertionError):
+        equal(tmp_path / "large", tmp_path / "other", **CLOSE)
+
+
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, threads: None) -> None:
+    """SIGKILL at any moment, with a teacher that looks on."""
+    command = [*TRAIN, *STEPS, "--max-steps", "30", "--num-threads", "1", "--output-dir"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    with (tmp_path / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "efficientsam_hf.cli", *command, str(killed)], stdout=output, stderr=output
+        )
+        while process.poll() is None and not list(killed.glob("checkpoints/step_[3-9]")):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
+    assert main([*command, str(killed), "--resume"]) == 0
+    assert main([*command, str(whole)]) == 0
+    assert 3 <= events(killed, "resume")[0]["step"] < 30
+    equal(killed, whole)
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_the_larger_batch(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "efficientsam_hf.cli", *TRAIN, *STEPS, "--batch-size", "4", "--output-dir"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "two")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert main([*TRAIN, *STEPS, "--batch-size", "8", "--output-dir", str(tmp_path / "one")]) == 0
+    equal(tmp_path / "one", tmp_path / "two", **CLOSE)

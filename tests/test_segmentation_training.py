@@ -144,14 +144,15 @@ def test_boxes_are_exact_as_often_as_asked() -> None:
     assert distances["less noise"] < 0.4 * distances["never"]
 
 
-def test_objects_with_a_box_have_an_alpha_of_their_own() -> None:
-    """All objects in a box: the loss is that of the box's alpha. None: it is that of the other."""
-    for box, expected in ((1.0, 0.7), (0.0, 0.4)):
+@pytest.mark.parametrize("name, of_clicks, of_boxes", [("focal_alpha", 0.4, 0.7), ("relaxation", 0.0, 1.0)])
+def test_objects_with_a_box_may_have_weights_of_their_own(name, of_clicks, of_boxes) -> None:
+    """All objects in a box: the loss is that of the box's value. None: it is that of the other."""
+    for box, expected, wrong in ((1.0, of_boxes, of_clicks), (0.0, of_clicks, of_boxes)):
         sampling = PromptSampling(uniform=1.0 - box, center=0.0, box=box, box_and_point=0.0)
         model = tiny_model()
-        both = InteractiveSegmentation(model, None, sampling, {"focal_alpha": 0.4}, box_focal_alpha=0.7)
-        one = InteractiveSegmentation(model, None, sampling, {"focal_alpha": expected})
-        other = InteractiveSegmentation(model, None, sampling, {"focal_alpha": 1.1 - expected})
+        both = InteractiveSegmentation(model, None, sampling, {name: of_clicks}, {name: of_boxes})
+        one = InteractiveSegmentation(model, None, sampling, {name: expected})
+        other = InteractiveSegmentation(model, None, sampling, {name: wrong})
         losses = [module(example_batch())["loss"] for module in (both, one, other)]
         torch.testing.assert_close(losses[0], losses[1])
         assert losses[0] != losses[2]

@@ -64,7 +64,7 @@ def finetune(arguments: Any) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)
     model, processor = build_model(arguments)
     module = InteractiveSegmentation(
-        model, processor, arguments.sampling(), arguments.loss_weights(), arguments.box_focal_alpha
+        model, processor, arguments.sampling(), arguments.loss_weights(), arguments.box_loss_weights()
     )
     module.freeze(arguments.parts("freeze"))
     if arguments.lora_rank:

@@ -190,7 +190,7 @@ def _batches(arguments: Any, teacher: Any, cache: Any, **source: Any) -> Any:
                 f"teacher_resolution is {teacher.resolution}, expected the image_sizes of scenes, "
                 f"{arguments.image_sizes}: a scene is rendered once, at one size"
             )
-        return scene_batches(arguments, objects=0)
+        return scene_batches(arguments, objects=0, masked_patches=True)
     preparation = arguments.preparation(None if alike else teacher.resolution)
     if cache:
         source["samples"] = CachedSamples(source["samples"], cache, preparation.crops)

@@ -12,6 +12,8 @@ from .segmentation import PARTS, PromptSampling
 
 
 LOSS_WEIGHTS = ("focal_weight", "dice_weight", "iou_weight", "single_weight")
+# What objects with a box may have of their own, in a field with the prefix box_.
+BY_PROMPT = ("focal_alpha", "relaxation")
 
 
 @dataclass
@@ -66,6 +68,10 @@ class FinetuneArguments(PictureArguments):
     dice_weight: float = option(1.0, "Weight of the dice loss.")
     iou_weight: float = option(1.0, "Weight of the squared error of the predicted IoU.")
     single_weight: float = option(1.0, "Weight of the single-mask token beside the best of three.")
+    relaxation: float = option(
+        0.0, "Share of the training of three masks that all get alike; the rest is the best one's alone (SAM: 0)."
+    )
+    box_relaxation: float | None = option(None, "relaxation for objects prompted with a box; default the same.")
 
     may_change = PictureArguments.may_change | frozenset(
         "gradient_checkpointing evaluate_scenes eval_annotations eval_images eval_limit".split()
@@ -86,6 +92,8 @@ class FinetuneArguments(PictureArguments):
             self._check(name, lambda value: value >= 0, "at least 0")
         for name in ("focal_alpha", "box_focal_alpha"):
             self._check(name, lambda value: value is None or 0 < value < 1, "between 0 and 1")
+        for name in ("relaxation", "box_relaxation"):
+            self._check(name, lambda value: value is None or 0 <= value <= 1, "a fraction")
         self._check_parts()
         if not isinstance(self.overrides(), dict):
             raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
@@ -148,4 +156,9 @@ class FinetuneArguments(PictureArguments):
 
     def loss_weights(self) -> dict[str, float]:
         """Weights of the losses by the names `segmentation_losses` gives them."""
-        return {name: getattr(self, name) for name in (*LOSS_WEIGHTS, "focal_alpha")}
+        return {name: getattr(self, name) for name in (*LOSS_WEIGHTS, *BY_PROMPT)}
+
+    def box_loss_weights(self) -> dict[str, float]:
+        """Those that objects with a box have of their own, by the same names."""
+        values = {name: getattr(self, f"box_{name}") for name in BY_PROMPT}
+        return {name: value for name, value in values.items() if value is not None}

@@ -72,16 +72,19 @@ def segmentation_losses(
     iou_weight: float = 1.0,
     single_weight: float = 1.0,
     focal_alpha: float | torch.Tensor = 0.25,
+    relaxation: float | torch.Tensor = 0.0,
 ) -> dict[str, torch.Tensor]:
     """Loss and metrics of one prompt round, all scalars.
 
     `logits` (B, Q, 4, h, w), `iou_predictions` (B, Q, 4), `targets` (B, Q, h, w) in [0, 1], `object_mask` (B, Q) bool.
     Of mask tokens 1 to 3 only the one with the lowest loss is trained (SAM paper, section 3), so that they can settle
     on different readings of an ambiguous prompt; token 0, the single-mask answer, is trained with `single_weight`.
+    `relaxation` is the share of that training which all three get alike (Rupprecht et al. 2017, relaxed winner takes
+    all): with 0 a mask that never wins is good for nothing if it is chosen all the same, with 1 the three are copies.
     With `focal_alpha` below 0.5 a cell that is mask in every second case gets a negative logit (-0.41 for 0.25): masks
-    of uncertain objects come out too small. It may differ by object: (B, Q). The scores of all four learn the actual
-    IoU. Objects where `object_mask` is False weigh nothing; what remains is averaged over the real objects. `miou` is
-    that of the multimask token with the highest score, as it is used.
+    of uncertain objects come out too small. The scores of all four learn the actual IoU. `focal_alpha` and
+    `relaxation` may differ by object: (B, Q). Objects where `object_mask` is False weigh nothing; what remains is
+    averaged over the real objects. `miou` is that of the multimask token with the highest score, as it is used.
     """
     logits, iou_predictions = logits.float(), iou_predictions.float()
     expanded = targets[:, :, None]
@@ -92,7 +95,8 @@ def segmentation_losses(
     total = focal_weight * focal + dice_weight * dice
     chosen = total[..., 1:].argmin(-1, keepdim=True) + 1
     score = (iou_predictions - actual).square().mean(-1)
-    per_object = total.gather(-1, chosen)[..., 0] + single_weight * total[..., 0] + iou_weight * score
+    best, mean = total.gather(-1, chosen)[..., 0], total[..., 1:].mean(-1)
+    per_object = best + relaxation * (mean - best) + single_weight * total[..., 0] + iou_weight * score
     scored = iou_predictions[..., 1:].argmax(-1, keepdim=True) + 1
 
     def average(values: torch.Tensor) -> torch.Tensor:

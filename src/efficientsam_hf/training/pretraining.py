@@ -37,7 +37,7 @@ class MaskedPretraining(nn.Module):
 
         `pixel_values` (B, 3, H, W), ImageNet-normalised; `target_features` (B, N, C) from a cache, or `teacher_images`
         (B, 3, R, R) in [0, 1] where a teacher has another resolution; `noise` (B, N) that decides which patches are
-        hidden, or else `seed` () int64 to draw it.
+        hidden.
         """
         outputs, target = self._reconstruct(batch)
         if target is None:
@@ -57,15 +57,11 @@ class MaskedPretraining(nn.Module):
         pixels = batch["pixel_values"]
         size = self.model.config.vision_config.patch_size
         grid = (pixels.shape[2] // size, pixels.shape[3] // size)
-        noise = batch.get("noise")
-        if noise is None:
-            generator = torch.Generator(pixels.device).manual_seed(int(batch["seed"]))
-            noise = torch.rand(len(pixels), grid[0] * grid[1], generator=generator, device=pixels.device)
         target = batch.get("target_features")
         if self.teacher is not None and target is None:
             images = batch["teacher_images"] if "teacher_images" in batch else denormalize(pixels)
             target = self.teacher.features(images, grid)
-        return self.model(pixels, target, noise), target
+        return self.model(pixels, target, batch["noise"]), target
 
     def compile_parts(self, **options) -> None:
         """Compile student and teacher with `torch.compile(**options)`; what is drawn stays eager."""

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
 from ..data.numbered_batches import numbered_batches
 from ..data.scene_bank import SceneBank
 from ..data.scenes import render_scenes, scene_seed
+from .crop_preparation import PATCH_SIZE, draw_noise
 from .normalization import normalize
 from .schedule import Stage
 
@@ -26,7 +28,8 @@ class SceneBatches:
 
     Scene numbers never repeat within a run: each batch owns a block of numbers as wide as the largest stage's batches
     on all processes. With `workers` the scenes are rendered ahead in processes of one thread each, and else between
-    training steps, on the bank's device.
+    training steps, on the bank's device. With `masked_patches` a batch also decides what masked pretraining hides,
+    scene by scene, so that this does not depend on how scenes are cut into batches.
     """
 
     bank: SceneBank
@@ -38,13 +41,17 @@ class SceneBatches:
     rank: int = 0
     processes: int = 1
     workers: int = 0
+    masked_patches: bool = False
 
     def __call__(self, start: int, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
         """Batches from number `start` on, without end."""
         return numbered_batches(partial(self.batch, stage=stage), start, self.workers)
 
     def batch(self, number: int, stage: Stage) -> dict[str, torch.Tensor]:
-        """Batch `number`: pixel_values (B, 3, H, W), masks (B, Q, H, W), object_mask (B, Q), seed ()."""
+        """Batch `number`: pixel_values (B, 3, H, W), masks (B, Q, H, W), object_mask (B, Q), seed ().
+
+        With `masked_patches` also noise (B, N).
+        """
         device = self.bank.device
         width = max(stage.batch_size for stage in self.stages)
         first = (number * self.processes + self.rank) * width
@@ -53,12 +60,18 @@ class SceneBatches:
         seed = scene_seed(self.seed, number * self.processes + self.rank)
         generator = torch.Generator(device).manual_seed(seed)
         objects, real = choose_objects(scenes.areas, self.objects, generator, self.min_area, self.max_area)
-        return {
+        batch = {
             "pixel_values": normalize(scenes.images),
             "masks": scenes.masks(objects) & real[..., None, None],
             "object_mask": real,
             "seed": torch.tensor(scene_seed(seed, 1)),
         }
+        return batch | {"noise": self._noise(indices.tolist(), stage)} if self.masked_patches else batch
+
+    def _noise(self, scenes: list[int], stage: Stage) -> torch.Tensor:
+        patches = (stage.image_size // PATCH_SIZE) ** 2
+        rows = [draw_noise(patches, np.random.default_rng((self.seed, scene))) for scene in scenes]
+        return torch.stack(rows).to(self.bank.device)
 
 
 def scene_samples(

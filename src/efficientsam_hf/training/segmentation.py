@@ -59,8 +59,9 @@ class InteractiveSegmentation(nn.Module):
     round adds a click from the error region of the last answer (background clicks only if the model has them) and,
     with probability `sampling.mask_prompts`, that answer's logits as mask prompt (if the model takes them), for the
     first `sampling.corrected_objects` objects of an image. The number of prompt tokens is the same in every round.
-    `box_focal_alpha` replaces the `focal_alpha` of `loss_weights` for objects with a box: a box says how large its
-    object is, so what is uncertain in it is more often object than what is uncertain around a click.
+    `box_loss_weights` replaces the `focal_alpha` and `relaxation` of `loss_weights` for objects with a box: a box
+    says which object is meant and how large it is, so its three masks need not differ, and what is uncertain in it is
+    more often object than what is uncertain around a click.
     """
 
     def __init__(
@@ -69,14 +70,14 @@ class InteractiveSegmentation(nn.Module):
         processor=None,
         sampling: PromptSampling | None = None,
         loss_weights: dict[str, float] | None = None,
-        box_focal_alpha: float | None = None,
+        box_loss_weights: dict[str, float] | None = None,
     ):
         super().__init__()
         self.model = model
         self.processor = processor
         self.sampling = sampling or PromptSampling()
         self.loss_weights = dict(loss_weights or {})
-        self.box_focal_alpha = box_focal_alpha
+        self.box_loss_weights = dict(box_loss_weights or {})
         self.compiled: dict[str, object] = {}
         self._no_split_modules = model._no_split_modules  # what FSDP's transformer policy wraps
         if model.config.prompt_encoder_config.mask_prompts and not self._gives_masks():
@@ -150,10 +151,12 @@ class InteractiveSegmentation(nn.Module):
 
     def _loss_weights(self, boxes: torch.Tensor) -> dict[str, float | torch.Tensor]:
         """Arguments of the losses of objects with these boxes, (B, Q, 4) with -1 for none."""
-        if self.box_focal_alpha is None:
-            return self.loss_weights
-        alpha = torch.where(boxes[..., 0] >= 0, self.box_focal_alpha, self.loss_weights.get("focal_alpha", 0.25))
-        return self.loss_weights | {"focal_alpha": alpha}
+        defaults = {"focal_alpha": 0.25, "relaxation": 0.0} | self.loss_weights
+        of_boxes = {
+            name: torch.where(boxes[..., 0] >= 0, value, defaults[name])
+            for name, value in self.box_loss_weights.items()
+        }
+        return self.loss_weights | of_boxes
 
     def _part(self, name: str, default):
         return self.compiled.get(name, default)
