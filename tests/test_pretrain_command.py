@@ -154,7 +154,9 @@ def test_bad_arguments_end_before_the_run(tmp_path: Path, capsys, flags: list[st
 
 def test_recipes_are_valid() -> None:
     names = sorted(path.stem for path in (RECIPES / "pretrain").glob("*.yaml"))
-    assert {"smoke", "sami_ti", "sami_s", "sami_b", "sami_clip_ti", "mae_ti", "sami_ti_gpu", "sami_ti_cpu"} <= set(names)
+    assert {"smoke", "sami_ti", "sami_s", "sami_b", "sami_clip_ti", "mae_ti", "sami_ti_gpu", "sami_ti_cpu"} <= set(
+        names
+    )
     for name in names:
         recipe = read_recipe(name, "pretrain")
         data = {} if recipe.get("train_scenes") else {"train_images": str(RECIPES)}

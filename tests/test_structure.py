@@ -23,6 +23,7 @@ LEVELS = {
     "identity": 1,
     "processes": 1,
     "machine": 1,
+    "averaging": 2,
     "data": 2,
     "training": 3,
     "evaluation": 3,

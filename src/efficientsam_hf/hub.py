@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
+from .averaging import average_weights
 from .files import write_folder, write_json, write_text
 from .identity import model_type
 from .models.configuration_efficientsam import VISION_PRESETS, EfficientSamConfig
@@ -58,6 +59,7 @@ def export_run(
     metrics: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
     with_code: bool = False,
     overwrite: bool = False,
+    average: Sequence[str | os.PathLike] = (),
 ) -> Path:
     """Write the model of a run as a folder for every `from_pretrained`, with metrics.json and a model card.
 
@@ -69,6 +71,7 @@ def export_run(
         metrics: files that `efficientsam evaluate --output` wrote for this model.
         with_code: add the code for `trust_remote_code`.
         overwrite: replace an earlier export.
+        average: further models, folders or Hub ids; what is written is the mean of the run's weights and theirs.
 
     Returns:
         The destination.
@@ -76,7 +79,8 @@ def export_run(
     Raises:
         FileNotFoundError: if `run`, or a file of it or of `metrics`, is missing.
         FileExistsError: if `destination` holds something that is not an earlier export, or `overwrite` is off.
-        ValueError: if a file is not what it should be, or a weight does not fit float16.
+        ValueError: if a file is not what it should be, a weight does not fit float16, or a model of `average` does
+            not go with the run's.
     """
     destination = Path(os.path.abspath(destination))
     check_destination(destination, overwrite)
@@ -87,14 +91,16 @@ def export_run(
         raise ValueError(f"{record.folder} trained a model of type {kind!r}; only an EfficientSAM can be exported")
     model = EfficientSamModel.from_pretrained(record.folder / "model", dtype=torch.float32)
     processor = EfficientSamProcessor.from_pretrained(record.folder / "model")
-    card = model_card(record, model, evaluations, destination.name, half, with_code)
+    averaged = shorten_paths(average_weights(model, average))
+    card = model_card(record, model, evaluations, destination.name, half, with_code, averaged)
 
     def fill(folder: Path) -> None:
         save_model(model, folder, half)
         processor.save_pretrained(folder)
         if not with_code:
             remove_code(folder)
-        write_json(folder / "metrics.json", {"training": training_facts(record), "evaluations": evaluations})
+        training = training_facts(record) | ({"averaged_with": averaged} if averaged else {})
+        write_json(folder / "metrics.json", {"training": training, "evaluations": evaluations})
         write_text(folder / "README.md", card)
 
     write_folder(destination, fill)
@@ -327,7 +333,13 @@ def _package_version() -> str:
 
 
 def model_card(
-    record: RunRecord, model: EfficientSamModel, evaluations: list[dict], name: str, half: bool, with_code: bool
+    record: RunRecord,
+    model: EfficientSamModel,
+    evaluations: list[dict],
+    name: str,
+    half: bool,
+    with_code: bool,
+    averaged: Sequence[dict] = (),
 ) -> str:
     """The text of README.md, made from the run, the model and its evaluations."""
     width, image_size = model.config.vision_config.hidden_size, model.config.vision_config.image_size
@@ -344,7 +356,7 @@ def model_card(
         "remote_code": REMOTE_CODE if with_code else "",
         "storage": f"Weights are stored as {stored}; `dtype=torch.bfloat16` loads them in half precision.",
         "evaluation": evaluation_section(record, evaluations),
-        "data": _data_text(record),
+        "data": _data_text(record) + _average_text(averaged),
         "facts": _facts_table(record),
         "curve": _curve_table(record.curve),
         "command": shorten_command(record.description["command"]),
@@ -353,6 +365,17 @@ def model_card(
         "image_size": str(image_size),
     }
     return Template(CARD_TEMPLATE.read_text(encoding="utf-8")).substitute(parts)
+
+
+def _average_text(averaged: Sequence[dict]) -> str:
+    """That the weights are a mean, and of what; nothing if they are the run's own."""
+    if not averaged:
+        return ""
+    others = ", ".join(f"`{other['model']}` ({other['revision']})" for other in averaged)
+    return (
+        f" The weights are the mean of the run's own and of those of {others}: of runs of which one began from the "
+        "result of the other. What follows describes the run alone."
+    )
 
 
 def card_metadata(record: RunRecord, evaluations: list[dict], name: str) -> ModelCardData:

@@ -26,6 +26,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--metrics", nargs="+", metavar="A.json", help="results of efficientsam evaluate --output, for the card"
     )
+    parser.add_argument(
+        "--average",
+        nargs="+",
+        default=[],
+        metavar="MODEL",
+        help="write the mean of the run's weights and of these models, from which it went on or that went on from it",
+    )
     parser.add_argument("--full-precision", action="store_true", help="store the weights as float32")
     parser.add_argument("--with-code", action="store_true", help="add the code for trust_remote_code")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -46,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         metrics=args.metrics,
         with_code=args.with_code,
         overwrite=args.overwrite,
+        average=args.average,
     )
     weights = sum(path.stat().st_size for path in destination.glob("*.safetensors"))
     print(f"wrote {args.destination}: {weights / 1e6:.1f} MB of weights")
