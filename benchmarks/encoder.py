@@ -21,7 +21,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamVisionConfig, EfficientSamVisionModel
-from efficientsam_hf.training.run_folder import describe_machine
+from efficientsam_hf.machine import describe_machine
 
 
 BASELINE = "eager float32"

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does pretraining by SAMI help a small encoder more than MAE, and more than none? The paper's claim, in small.
 
-For each seed: an encoder is pretrained by SAMI (the shipped model's encoder as the teacher) and by MAE for the same
-minutes on generated scenes, and not at all; then each is finetuned alike. `scratch_long` finetunes for the minutes of
-both, so that it has the compute of the pretrained ones. Steps that are done are not done again, a step that was killed
-goes on, and none begins that would end after --part-minutes: give the command again until it prints its table.
+For each seed: an encoder is pretrained by SAMI (the shipped model's encoder as the teacher) and by MAE with equal
+compute on generated scenes, and not at all; then each is finetuned alike. `scratch_long` finetunes for the compute of
+both, so that it has as much as the pretrained ones. Compute is counted in steps: what a step of each kind costs is
+measured first, in turns, and the minutes asked for are divided by it, so that a busy machine changes no arm.
+
+Steps that are done are not done again, a step that was killed goes on, and none begins that would end after
+--part-minutes: give the command again until it prints its table. The curves of the losses are drawn by matplotlib.
 
 Usage: python examples/sami_claim.py OUT [--seeds N ...] [--pretrain-minutes M] [--finetune-minutes M]
        [--annotations A.json --images DIR] [--part-minutes M] [--size PIXELS]
@@ -16,21 +19,23 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
 
-ARMS = ("sami", "mae", "scratch", "scratch_long")
+ARMS = ("mae", "sami", "scratch", "scratch_long")  # the first is the one that the others are compared with
 ENCODER = {"hidden_size": 192, "num_attention_heads": 3, "num_hidden_layers": 12}
 PRETRAIN = {
     "train_scenes": True, "batch_size": 32, "learning_rate": 1e-3, "warmup_steps": 50, "weight_decay": 0.05,
     "adam_beta2": 0.95, "ema_decay": 0.0, "decoder_depth": 2, "decoder_width": 192, "decoder_heads": 6,
-    "picture_every": 500, "checkpoint_minutes": 3,
+    "checkpoint_minutes": 3,
 }  # fmt: skip
 TARGETS = {
-    "sami": {"teacher": "default"},
     "mae": {"target": "pixels", "loss_tokens": "masked", "decoder": "full"},
+    "sami": {"teacher": "default"},
 }
 FINETUNE = {
     "train_scenes": True, "batch_size": 16, "objects_per_image": 6, "learning_rate": 5e-4, "warmup_steps": 50,
@@ -38,17 +43,19 @@ FINETUNE = {
     "box_and_point_prompts": 0.0, "exact_boxes": 0.5, "min_object_area": 0.004, "max_object_area": 0.6,
     "prompt_rounds": 1, "checkpoint_minutes": 3,
 }  # fmt: skip
+PROMPTS = ("center", "box")
+CALIBRATION_STEPS = 12
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--pretrain-minutes", type=float, default=10.0)
-    parser.add_argument("--finetune-minutes", type=float, default=6.0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--pretrain-minutes", type=float, default=8.0, help="of a machine with nothing else to do")
+    parser.add_argument("--finetune-minutes", type=float, default=5.0)
     parser.add_argument("--part-minutes", type=float, default=38.0)
     parser.add_argument("--size", type=int, default=128, help="side of the scenes in pixels")
-    parser.add_argument("--scenes", type=int, default=48, help="held-out scenes to evaluate on")
+    parser.add_argument("--scenes", type=int, default=96, help="held-out scenes to evaluate on")
     parser.add_argument("--annotations", type=Path, help="COCO file of photos to evaluate on as well")
     parser.add_argument("--images", type=Path)
     return parser.parse_args()
@@ -58,78 +65,155 @@ def efficientsam(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "efficientsam_hf.cli", *map(str, arguments)], check=True)
 
 
-def train(command: str, run: Path, settings: dict) -> None:
-    """Begin a run, or go on with it."""
-    run.parent.mkdir(parents=True, exist_ok=True)
-    recipe = run.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump(settings))
-    resume = ["--resume"] if (run / "args.json").is_file() else []
-    efficientsam(command, "--recipe", recipe, "--output-dir", run, *resume)
+@dataclass
+class Run:
+    """A training run of one arm: what `efficientsam COMMAND` is given, and the minutes it is meant to take."""
+
+    command: str
+    folder: Path
+    settings: dict
+    minutes: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "run.json").is_file()
+
+    def train(self, steps: int) -> None:
+        """Begin, or go on with what was killed."""
+        self.folder.parent.mkdir(parents=True, exist_ok=True)
+        recipe = self.folder.with_suffix(".yaml")
+        recipe.write_text(yaml.safe_dump({**self.settings, "max_steps": steps}))
+        resume = ["--resume"] if (self.folder / "args.json").is_file() else []
+        efficientsam(self.command, "--recipe", recipe, "--output-dir", self.folder, *resume)
+
+    def log(self, event: str) -> list[dict]:
+        lines = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
+        return [line for line in lines if line["event"] == event]
 
 
-def steps(args: argparse.Namespace):
-    """(name, file that exists when it is done, minutes it takes at most, what to call) of all there is to do."""
-    common = {"image_sizes": str(args.size), "mixed_precision": "bf16"}
+def pretraining(args: argparse.Namespace, folder: Path, arm: str, seed: int) -> Run:
+    """Run that gives an arm its encoder."""
+    settings = {**PRETRAIN, **TARGETS[arm], "image_sizes": str(args.size), "mixed_precision": "bf16", "seed": seed}
+    settings["model_overrides"] = yaml.safe_dump({"vision_config": ENCODER})
+    if arm == "sami":
+        settings["teacher_resolution"] = args.size
+    return Run("pretrain", folder / f"pretrain_{arm}", settings, args.pretrain_minutes)
+
+
+def finetuning(args: argparse.Namespace, folder: Path, arm: str, seed: int) -> Run:
+    """Run that makes a segmentation model of an arm's encoder, or of a new one."""
+    settings = {**FINETUNE, "image_sizes": str(args.size), "mixed_precision": "bf16", "seed": seed}
+    settings["model"] = str(folder / f"pretrain_{arm}" / "model") if arm in TARGETS else "ti"
+    settings["model_overrides"] = yaml.safe_dump({} if arm in TARGETS else {"vision_config": ENCODER})
+    minutes = args.finetune_minutes + (args.pretrain_minutes if arm == "scratch_long" else 0.0)
+    return Run("finetune", folder / arm, settings, minutes)
+
+
+def runs(args: argparse.Namespace) -> Iterator[tuple[str, Run]]:
+    """(kind of step, run) of all there is to train, in the order it is trained in."""
     for seed in args.seeds:
         folder = args.output / f"seed_{seed}"
-        for arm, target in TARGETS.items():
-            run = folder / f"pretrain_{arm}"
-            settings = {**PRETRAIN, **common, **target, "seed": seed, "max_minutes": args.pretrain_minutes}
-            settings["model_overrides"] = yaml.safe_dump({"vision_config": ENCODER})
-            if arm == "sami":
-                settings["teacher_resolution"] = args.size
-            yield f"seed {seed}: pretrain {arm}", run / "run.json", args.pretrain_minutes, ("pretrain", run, settings)
-        for arm in ARMS:
-            run, minutes = folder / arm, args.finetune_minutes
-            if arm == "scratch_long":
-                minutes += args.pretrain_minutes
-            settings = {**FINETUNE, **common, "seed": seed, "max_minutes": minutes}
-            settings["model"] = str(folder / f"pretrain_{arm}" / "model") if arm in TARGETS else "ti"
-            settings["model_overrides"] = yaml.safe_dump({} if arm in TARGETS else {"vision_config": ENCODER})
-            yield f"seed {seed}: finetune {arm}", run / "run.json", minutes, ("finetune", run, settings)
+        yield from ((arm, pretraining(args, folder, arm, seed)) for arm in TARGETS)
+        yield from (("finetune", finetuning(args, folder, arm, seed)) for arm in ARMS)
 
 
-def evaluate(args: argparse.Namespace) -> dict[str, dict]:
-    """Numbers of all arms of all seeds, by the name of what they are measured on."""
+def step_seconds(args: argparse.Namespace) -> dict[str, float]:
+    """Median seconds of a step of each kind, measured once in three turns."""
+    path = args.output / "step_seconds.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    found: dict[str, list[float]] = {"mae": [], "sami": [], "finetune": []}
+    for turn in range(3):
+        folder = args.output / f"calibration_{turn}"
+        kinds = {arm: pretraining(args, folder, arm, seed=0) for arm in TARGETS}
+        kinds["finetune"] = finetuning(args, folder, "scratch", seed=0)
+        for kind, run in kinds.items():
+            run.settings |= {"log_every": 1}
+            if not run.done:
+                run.train(CALIBRATION_STEPS)
+            times = [line["elapsed"] for line in run.log("train")]
+            found[kind] += [after - before for before, after in zip(times[2:], times[3:])]  # the first ones warm up
+    seconds = {kind: statistics.median(values) for kind, values in found.items()}
+    path.write_text(json.dumps(seconds, indent=2))
+    return seconds
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, list[dict]]:
+    """What `efficientsam evaluate` says of the arms, a record for each seed, by the name of what it is measured on."""
     sources = {"scenes": ["--scenes", args.scenes]}
     if args.annotations:
         sources["photos"] = ["--annotations", args.annotations, "--images", args.images]
-    models = [args.output / f"seed_{seed}" / arm / "model" for seed in args.seeds for arm in ARMS]
-    results = {}
+    results: dict[str, list[dict]] = {}
     for name, flags in sources.items():
-        path = args.output / f"{name}.json"
-        if not path.is_file():
-            efficientsam("evaluate", *models, *flags, "--prompts", "center", "box", "--output", path)
-        results[name] = json.loads(path.read_text())
+        for seed in args.seeds:
+            folder = args.output / f"seed_{seed}"
+            path = folder / f"{name}.json"
+            if not path.is_file():
+                models = [folder / arm / "model" for arm in ARMS]
+                efficientsam("evaluate", *models, *flags, "--prompts", *PROMPTS, "--output", path)
+            results.setdefault(name, []).append(json.loads(path.read_text()))
     return results
 
 
-def print_table(args: argparse.Namespace, results: dict[str, dict]) -> None:
-    """Mean over the seeds of each arm's mIoU, and the lowest and highest of them."""
-    columns = [(name, prompt) for name in results for prompt in ("center", "box")]
-    print("| arm | " + " | ".join(f"{name}, {prompt}" for name, prompt in columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
+def print_tables(results: dict[str, list[dict]]) -> None:
+    """mIoU of each arm (mean over the seeds, lowest and highest), and its difference from MAE's seed by seed."""
+    columns = [(name, prompt) for name in results for prompt in PROMPTS]
+    header = "| arm | " + " | ".join(f"{name}, {prompt}" for name, prompt in columns) + " |"
+    rule = "|---" * (len(columns) + 1) + "|"
+    print(header, rule, sep="\n")
     for number, arm in enumerate(ARMS):
         cells = []
         for name, prompt in columns:
-            records = results[name]["models"][number :: len(ARMS)]
-            values = [record["metrics"][prompt]["miou"] for record in records]
+            values = [record["models"][number]["metrics"][prompt]["miou"] for record in results[name]]
             cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         print(f"| {arm} | " + " | ".join(cells) + " |")
+    print(f"\nLess {ARMS[0]} on the same prompts, 95 % interval over pictures, seed by seed:", "", sep="\n")
+    print(header, rule, sep="\n")
+    for number, arm in enumerate(ARMS[1:]):
+        cells = []
+        for name, prompt in columns:
+            pairs = [record["differences"][number][prompt] for record in results[name]]
+            cells.append("; ".join(f"{p['difference']:+.3f} [{p['low']:+.3f}, {p['high']:+.3f}]" for p in pairs))
+        print(f"| {arm} | " + " | ".join(cells) + " |")
+
+
+def draw_curves(args: argparse.Namespace, path: Path) -> None:
+    """Losses of pretraining and of finetuning over the images seen, a line for each run."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    panels = {f"pretraining, {arm}": axis for arm, axis in zip(TARGETS, figure.subplots(1, 3))}
+    panels["finetuning"] = figure.axes[2]
+    for title, axis in panels.items():
+        axis.set(title=title, xlabel="images", ylabel="loss", yscale="log")
+    for kind, run in runs(args):
+        panel = panels["finetuning" if kind == "finetune" else f"pretraining, {kind}"]
+        lines = run.log("train")
+        arm, seed = run.folder.name, run.folder.parent.name.removeprefix("seed_")
+        color = f"C{ARMS.index(arm)}" if kind == "finetune" else f"C{seed}"
+        label = arm if kind == "finetune" and seed == str(args.seeds[0]) else None
+        panel.plot([x["images"] for x in lines], [x["loss"] for x in lines], color=color, label=label, linewidth=0.8)
+    panels["finetuning"].legend()
+    figure.savefig(path, dpi=120)
+    print(f"\nwrote {path}")
 
 
 def main() -> int:
     args = parse_arguments()
     end = time.monotonic() + args.part_minutes * 60
-    for name, done, minutes, call in steps(args):
-        if done.is_file():
+    args.output.mkdir(parents=True, exist_ok=True)
+    seconds = step_seconds(args)
+    for kind, run in runs(args):
+        if run.done:
             continue
-        if time.monotonic() + minutes * 60 > end:
-            print(f"this part's time is used up before {name}: give the command again")
+        if time.monotonic() + run.minutes * 60 > end:
+            print(f"this part's time is used up before {run.folder}: give the command again")
             return 0
-        print(name, flush=True)
-        train(*call)
-    print_table(args, evaluate(args))
+        steps = max(1, round(60 * run.minutes / seconds[kind]))
+        print(f"{run.folder}: {steps} steps", flush=True)
+        run.train(steps)
+    print_tables(evaluate(args))
+    draw_curves(args, args.output / "losses.png")
     return 0
 
 

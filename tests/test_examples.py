@@ -36,3 +36,28 @@ def test_correct_mask(root: Path, photo_path: Path) -> None:
     lines = example(root, "correct_mask.py", photo_path, "230", "120", "30", "30").splitlines()
     assert [line.partition(":")[0] for line in lines] == ["one click", "corrected"]
     assert lines[0].partition(":")[2] != lines[1].partition(":")[2], "the correction changed nothing"
+
+
+@pytest.mark.slow
+def test_sami_claim_in_parts(root: Path, tmp_path: Path) -> None:
+    flags = [
+        "--seeds",
+        "0",
+        "--pretrain-minutes",
+        "0.03",
+        "--finetune-minutes",
+        "0.03",
+        "--size",
+        "64",
+        "--scenes",
+        "2",
+    ]
+    printed = example(root, "sami_claim.py", tmp_path / "out", *flags, "--part-minutes", "0.01")
+    assert "this part's time is used up before" in printed and "| sami |" not in printed
+    printed = example(root, "sami_claim.py", tmp_path / "out", *flags)
+    assert all(f"| {arm} | 0." in printed for arm in ("mae", "sami", "scratch", "scratch_long"))
+    assert "Less mae on the same prompts" in printed
+    with Image.open(tmp_path / "out" / "losses.png") as curves:
+        assert curves.width > curves.height
+    again = example(root, "sami_claim.py", tmp_path / "out", *flags)
+    assert again.count("steps") == 0 and "| sami | 0." in again

@@ -169,6 +169,7 @@ def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.Capt
         (flags[:3], "train_annotations and train_images go together"),
         (["--train-sa1b", str(tmp_path / "missing")], "train_sa1b: .*missing does not exist"),
         (["--train-scenes", "--horizontal-flip", "0.5"], "for annotated pictures"),
+        (["--train-scenes", "--crops"], "for annotated pictures"),
         (["--train-scenes", "--stream"], "train_dataset, which is not given"),
         (["--train-scenes", "--train-limit", "3"], "train_limit is for pictures that are stored"),
     ):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import MaskGenerationPipeline, pipeline
+from transformers import MaskGenerationPipeline
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel
 from efficientsam_hf.models.mask_generation_efficientsam import (
@@ -198,9 +198,7 @@ def picture() -> Image.Image:
 
 
 def run(model: EfficientSamModel, picture: Image.Image, dtype: torch.dtype = torch.float32, **kwargs: Any) -> dict:
-    generate = pipeline(
-        "mask-generation", model=model, image_processor=EfficientSamImageProcessor(size=64), dtype=dtype
-    )
+    generate = MaskGenerationPipeline(model=model, image_processor=EfficientSamImageProcessor(size=64), dtype=dtype)
     return generate(picture, **{"points_per_crop": 4, "points_per_batch": 8, **KEEP_ALL, **kwargs})
 
 

@@ -171,6 +171,23 @@ def test_augmentation_keeps_masks_on_their_pixels(augmentation) -> None:
         np.testing.assert_array_equal(changed["masks"], sample["masks"][:, :, ::-1])
 
 
+@pytest.mark.parametrize("scale_of", [None, 128])
+def test_crops_show_objects_at_the_scale_of_the_last_stage(scale_of) -> None:
+    processor = EfficientSamImageProcessor(size=128, do_normalize=False, antialias=True)
+    preparation = MaskPreparation(processor, objects=1, scale_of=scale_of)
+    sample = picture(5, (96, 96), objects=1)  # 12 x 4 pixels: 16 x 5.3 of 128, 4 x 1.3 of 32
+    drawn = [preparation(sample, 32, np.random.default_rng(seed)) for seed in range(80)]
+    areas = torch.stack([row["masks"].sum() for row in drawn]).float()
+    whole = areas.max()  # some crops cut the object, others miss it and give the whole picture
+    assert (abs(whole - 85) < 20) if scale_of else (abs(whole - 5.3) < 2)
+    assert all(row["pixel_values"][0][row["masks"][0]].mean() > 0.5 for row in drawn)
+    last = preparation(sample, 128, np.random.default_rng(0))
+    assert abs(last["masks"].sum() - 85) < 20
+    many = MaskPreparation(processor, objects=24, scale_of=scale_of)
+    assert len(many(sample, 64, np.random.default_rng(0))["masks"]) == (6 if scale_of else 24)
+    assert len(many.stand_in(64, [])["masks"]) == (6 if scale_of else 24)
+
+
 def test_augmentation_is_drawn_from_its_generator() -> None:
     augmentation, sample = Augmentation(0.5, 0.5, 2.0), picture(5)
     one, two, other = (augmentation(sample, np.random.default_rng(seed))["masks"] for seed in (1, 1, 2))

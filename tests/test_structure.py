@@ -23,6 +23,9 @@ LEVELS = {
     "identity": 1,
     "processes": 1,
     "machine": 1,
+    "pipelines": 1,
+    "tiles": 1,
+    "predictor": 1,
     "averaging": 2,
     "data": 2,
     "training": 3,
@@ -34,11 +37,12 @@ LEVELS = {
 }
 
 # Code in models/ is copied file by file into folders on the Hub, so it may need nothing but these and its siblings.
-PORTABLE = {"torch", "numpy", "PIL", "transformers", "huggingface_hub"}
+# (scipy only where holes and specks are to go; the error there says so.)
+PORTABLE = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "scipy"}
 
 # What pyproject.toml declares, by the name it is imported under: core, then extras.
 DECLARED = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "PIL", "tqdm"}
-DECLARED |= {"accelerate", "datasets", "peft", "yaml", "pycocotools", "gradio"}
+DECLARED |= {"accelerate", "datasets", "peft", "yaml", "pycocotools", "gradio", "scipy"}
 
 
 def part_of(path: Path) -> str:

@@ -8,6 +8,8 @@ from .models import (
     EfficientSamBackbone,
     EfficientSamConfig,
     EfficientSamImageProcessor,
+    EfficientSamMaskGenerationPipeline,
+    EfficientSamMaskGenerator,
     EfficientSamModel,
     EfficientSamProcessor,
     EfficientSamVisionConfig,
@@ -16,6 +18,8 @@ from .models import (
     SamiForPreTraining,
     register_auto_classes,
 )
+from .pipelines import register_pipeline
+from .predictor import EfficientSamPredictor
 
 
 try:
@@ -24,6 +28,7 @@ except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0.0.0"
 
 register_auto_classes()
+register_pipeline()
 
 
 def default_checkpoint() -> str:
@@ -35,7 +40,10 @@ __all__ = [
     "EfficientSamBackbone",
     "EfficientSamConfig",
     "EfficientSamImageProcessor",
+    "EfficientSamMaskGenerationPipeline",
+    "EfficientSamMaskGenerator",
     "EfficientSamModel",
+    "EfficientSamPredictor",
     "EfficientSamProcessor",
     "EfficientSamVisionConfig",
     "EfficientSamVisionModel",

@@ -157,6 +157,7 @@ def _annotated_batches(arguments: Any, processor: Any, **source: Any) -> Any:
         min_area=arguments.min_object_area,
         max_area=arguments.max_object_area,
         augmentation=arguments.augmentation(),
+        scale_of=arguments.stages()[-1].image_size if arguments.crops else None,
     )
     return picture_batches(arguments, preparation, **source)
 

@@ -15,12 +15,14 @@ from PIL import Image
 from ..files import check_writable, write_json, write_png
 from ..models.rle_efficientsam import encode_rle
 from ..visualization import draw_labels, draw_masks, draw_prompts, label_anchors, object_color
+from . import everything
 from .loading import add_model_options, load_model
 
 
 DESCRIPTION = """\
-Cut objects out of a picture with clicks and boxes. Coordinates are pixels of the picture as it is seen (EXIF rotation
-applied), x to the right and y down from the top left corner; outside the picture is an error."""
+Cut objects out of a picture with clicks and boxes, or all there is with --everything. Coordinates are pixels of the
+picture as it is seen (EXIF rotation applied), x to the right and y down from the top left corner; outside the picture
+is an error."""
 EPILOG = """\
 which prompts make one object:
   No box, or one box: all points, the box and the mask describe one object.
@@ -34,11 +36,15 @@ written to OUT:
   mask_0_candidate_0.png, ...  with --all-masks, the three masks of each object
   masks.json          per object: prompts, score (predicted IoU), area in pixels, box [x0, y0, x1, y1] in pixels with
                       x1 and y1 exclusive (null for an empty mask), segmentation (COCO RLE), file names
+  labels.png          with --everything and --label-image, the number of each pixel's mask in masks.json plus one
+--everything writes no picture per object, and the point of the grid in place of the prompts.
 
 examples:
   efficientsam segment dog.jpg --point 250,180 -o out
   efficientsam segment dog.jpg --box 90,60,410,350 --background 400,300 -o out
   efficientsam segment https://example.org/street.jpg --point 40,80 --point 300,90 --each-point -o out
+  efficientsam segment street.jpg --everything --points-per-crop 32 -o out
+  efficientsam segment scan.tif --everything --tile 1024 -o out
   cat dog.jpg | efficientsam segment - --point 250,180 -o out"""
 MASK_PROMPT_LOGIT = 6.0  # about two standard deviations of the logits that the model itself answers with
 
@@ -84,6 +90,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     group.add_argument("--box", action="append", default=[], type=_box, metavar="X0,Y0,X1,Y1", help="a box around it")
     group.add_argument("--mask", metavar="IN.png", help="a rough mask of it, white on black, of the picture's size")
     group.add_argument("--each-point", action="store_true", help="each --point is an object of its own")
+    everything.add_options(parser)
     parser.add_argument("--model", metavar="M", help="folder or Hub name (default: the checkpoint that ships)")
     add_model_options(parser)
     parser.set_defaults(run=run)
@@ -91,6 +98,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, load the model, segment, write, print a table."""
+    everything.check(args)
+    if args.everything:
+        return everything.run(args, read_image(args.image))
     objects = group_prompts(args.point, args.background, args.box, args.mask is not None, args.each_point)
     image = read_image(args.image)
     check_inside(objects, image.size)
@@ -114,7 +124,7 @@ def group_prompts(
 ) -> list[ObjectPrompt]:
     """Sort prompts into objects as the help says; `ValueError` where they contradict each other or say nothing."""
     if not (points or boxes or has_mask):
-        raise ValueError("nothing to segment: give at least one --point, --box or --mask")
+        raise ValueError("nothing to segment: give at least one --point, --box or --mask, or --everything")
     if each_point and (boxes or not points):
         raise ValueError("--each-point makes an object of each --point: it needs points and excludes --box")
     if has_mask and (len(boxes) > 1 or (each_point and len(points) > 1)):

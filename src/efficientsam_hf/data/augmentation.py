@@ -29,17 +29,17 @@ class Augmentation:
                 f"min_scale and max_scale must be in order and from 0.05 to 20, got {self.min_scale}, {self.max_scale}"
             )
 
-    def __call__(self, sample: dict[str, Any], generator: np.random.Generator) -> dict[str, Any]:
+    def __call__(self, sample: dict[str, Any], generator: np.random.Generator, zoom: float = 1.0) -> dict[str, Any]:
         """{"image": RGB PIL image, "masks": (N, H, W) bool, ...} -> the same with both changed alike.
 
-        Masks that leave the picture become empty and stay in the list.
+        The scale drawn is multiplied by `zoom`. Masks that leave the picture become empty and stay in the list.
         """
         flip, scale, x, y = generator.random(4)
         image, masks = sample["image"], sample["masks"]
         if flip < self.flip:
             image, masks = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1]
-        if self.min_scale != 1 or self.max_scale != 1:
-            factor = self.min_scale * (self.max_scale / self.min_scale) ** scale
+        factor = zoom * self.min_scale * (self.max_scale / self.min_scale) ** scale
+        if factor != 1:
             image, masks = _view(image, masks, factor, x, y)
         return {**sample, "image": image, "masks": masks}
 

@@ -14,6 +14,7 @@ from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPI
 from .configuration_efficientsam import EfficientSamConfig, EfficientSamVisionConfig
 from .configuration_sami import SamiConfig
 from .image_processing_efficientsam import EfficientSamImageProcessor
+from .mask_generation_efficientsam import EfficientSamMaskGenerationPipeline, EfficientSamMaskGenerator
 from .modeling_efficientsam import EfficientSamModel
 from .modeling_efficientsam_vision import EfficientSamBackbone, EfficientSamVisionModel
 from .modeling_sami import SamiForPreTraining
@@ -49,6 +50,8 @@ __all__ = [
     "EfficientSamBackbone",
     "EfficientSamConfig",
     "EfficientSamImageProcessor",
+    "EfficientSamMaskGenerationPipeline",
+    "EfficientSamMaskGenerator",
     "EfficientSamModel",
     "EfficientSamProcessor",
     "EfficientSamVisionConfig",

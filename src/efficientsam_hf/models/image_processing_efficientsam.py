@@ -3,8 +3,10 @@
 
 import http.client
 import io
+import math
 import os
 import urllib.request
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,11 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .mask_generation_efficientsam import (
     crop_boxes_of_layers,
-    layer_of_crop,
     masks_to_boxes,
     near_crop_edge,
     non_maximum_suppression,
     point_grid,
+    points_per_side,
     stability_scores,
 )
 from .rle_efficientsam import decode_rle, mask_to_counts
@@ -97,6 +99,8 @@ class EfficientSamImageProcessor(BaseImageProcessor):
             The steps: bilinear resizing, 0..255 to 0..1, subtracting the mean and dividing by the deviation.
         image_mean, image_std (`list[float]`, *optional*):
             Mean and deviation of every channel; ImageNet's by default.
+        mask_generation (`dict`, *optional*):
+            Options of segment-everything that suit the checkpoint, by the names of [`MaskGenerationOptions`].
     """
 
     model_input_names = ["pixel_values", "original_sizes", "reshaped_input_sizes"]
@@ -110,6 +114,7 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         do_normalize: bool = True,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
+        mask_generation: dict[str, Any] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -118,6 +123,7 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
         self.image_mean = list(IMAGENET_DEFAULT_MEAN if image_mean is None else image_mean)
         self.image_std = list(IMAGENET_DEFAULT_STD if image_std is None else image_std)
+        self.mask_generation = dict(mask_generation or {})
 
     def preprocess(
         self,
@@ -202,6 +208,29 @@ class EfficientSamImageProcessor(BaseImageProcessor):
             for image_masks, size in zip(masks, sizes, strict=True)
         ]
 
+    def resize_window(
+        self, logits: torch.Tensor, size: tuple[int, int], cells: list[int]
+    ) -> tuple[torch.Tensor, tuple[int, int]]:
+        """What `post_process_masks` makes of logits, where they matter.
+
+        Args:
+            logits: (h, w) low-resolution logits of a mask.
+            size: (height, width) of the image.
+            cells: (x0, y0, x1, y1), the first and last cells that matter.
+
+        Returns:
+            (h', w') float32 logits of the image's pixels up to two cells around those, and (x, y) of the first pixel.
+        """
+        (x0, x1), (y0, y1) = (
+            _pixels_of(cells[axis], cells[axis + 2], *sides)
+            for axis, sides in enumerate(zip(logits.shape[::-1], size[::-1]))
+        )
+        columns = _resize_weights(logits.shape[1], size[1], logits.device)[x0:x1]
+        rows = _resize_weights(logits.shape[0], size[0], logits.device)[y0:y1]
+        near_x, near_y = (slice(max(0, cells[axis] - 4), cells[axis + 2] + 5) for axis in (0, 1))
+        window = rows[:, near_y] @ logits[near_y, near_x].float() @ columns[:, near_x].T
+        return window, (x0, y0)
+
     def generate_crop_boxes(
         self,
         image: Any,
@@ -232,7 +261,7 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         crops = [tensor[:, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes]
         grids = []
         for index in range(len(boxes)):
-            per_side = max(1, int(points_per_crop / crop_n_points_downscale_factor ** layer_of_crop(index)))
+            per_side = points_per_side(index, points_per_crop, crop_n_points_downscale_factor)
             # The model reads coordinates as pixel centres, half a pixel from those of the unit square.
             grid = point_grid(per_side) * target_size - 0.5
             grids.append(torch.cat([grid, grid[-1:].expand(points_per_crop**2 - len(grid), 2)]))
@@ -378,6 +407,20 @@ def _resize_logits(logits: torch.Tensor, size: tuple[int, int], threshold: float
         piece = F.interpolate(piece, size=size, mode="bicubic", align_corners=False)[:, 0]
         result[start : start + MASKS_AT_ONCE] = piece if threshold is None else piece >= threshold
     return result.unflatten(0, logits.shape[:2])
+
+
+def _pixels_of(first: int, last: int, cells: int, pixels: int) -> tuple[int, int]:
+    """Range of pixels whose centres are not more than two cells away from cells `first` to `last`."""
+    scale = pixels / cells
+    start, end = math.ceil((first - 1.5) * scale - 0.5), math.floor((last + 2.5) * scale - 0.5)
+    return max(0, start), min(pixels, end + 1)
+
+
+@lru_cache(maxsize=16)
+def _resize_weights(cells: int, pixels: int, device: torch.device) -> torch.Tensor:
+    """Bicubic interpolation along one axis as a matrix: (pixels, cells) float32."""
+    identity = torch.eye(cells, device=device)[None, None]
+    return F.interpolate(identity, size=(pixels, cells), mode="bicubic", align_corners=False)[0, 0]
 
 
 __all__ = ["EfficientSamImageProcessor"]

@@ -591,8 +591,12 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """As every model's, and `AutoModel` finds the class beside `AutoModelForMaskGeneration`."""
+        """As every model's; `AutoModel` finds the class beside `AutoModelForMaskGeneration`, `pipeline` finds ours."""
         if self._auto_class is not None:
+            pipeline = "mask_generation_efficientsam.EfficientSamMaskGenerationPipeline"
+            self.config.custom_pipelines = {
+                "mask-generation": {"impl": pipeline, "pt": ["AutoModelForMaskGeneration"]}
+            }
             class_path = f"{type(self).__module__.split('.')[-1]}.{type(self).__name__}"
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": class_path}
         super().save_pretrained(save_directory, *args, **kwargs)

@@ -18,7 +18,12 @@ MAX_GROUPS = 8  # 40 bits, more than any picture's pixel count needs
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
     """Compress one mask, (H, W) bool -> {"size": [H, W], "counts": str}; `ValueError` if it is no mask."""
-    return {"size": list(np.shape(mask)), "counts": _counts_to_string(mask_to_counts(mask))}
+    return compress_counts(mask_to_counts(mask), np.shape(mask))
+
+
+def compress_counts(counts: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
+    """Compress run lengths of a mask of `size` (height, width): (R,) int64 -> {"size": [H, W], "counts": str}."""
+    return {"size": [int(side) for side in size], "counts": _counts_to_string(counts)}
 
 
 def decode_rle(rle: dict[str, Any]) -> np.ndarray:
@@ -74,6 +79,27 @@ def mask_to_counts(mask: np.ndarray) -> np.ndarray:
     changes = np.flatnonzero(pixels[1:] != pixels[:-1]) + 1
     counts = np.diff(np.concatenate(([0], changes, [pixels.size])))
     return np.concatenate(([0], counts)) if pixels[0] else counts
+
+
+def window_to_runs(window: np.ndarray, corner: tuple[int, int], size: tuple[int, int]) -> np.ndarray:
+    """Runs of a mask that is background outside a window: (h, w) bool -> (R, 2) int64, first pixel and end of each.
+
+    Pixels count down the columns of the mask of `size` (height, width); `corner` (x, y) is the place of the window's
+    first pixel in it. Only the window is looked at, however large the mask.
+    """
+    x, y = corner
+    columns = np.pad(window.T, ((0, 0), (1, 1)))
+    column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
+    changes = (column + x) * size[0] + row + y
+    # A run that reaches the foot of a column may go on at the head of the next one.
+    joined = np.flatnonzero(changes[1:-1:2] == changes[2::2]) * 2 + 1
+    return np.delete(changes, np.concatenate((joined, joined + 1))).reshape(-1, 2)
+
+
+def runs_to_counts(runs: np.ndarray, pixels: int) -> np.ndarray:
+    """Runs (R, 2) of a mask of so many pixels as run lengths, background first: -> (C,) int64."""
+    counts = np.diff(np.concatenate(([0], runs.reshape(-1), [pixels])))
+    return counts if counts[-1] or len(counts) == 1 else counts[:-1]
 
 
 def _counts_to_string(counts: np.ndarray) -> str:

@@ -46,6 +46,11 @@ class FinetuneArguments(PictureArguments):
     )
     min_scale: float = option(1.0, "Smallest scale of large-scale jitter of annotated pictures; below 1 they shrink.")
     max_scale: float = option(1.0, "Largest scale of large-scale jitter; above 1 a part of the picture is taken.")
+    crops: bool = option(
+        False,
+        "In stages with images smaller than the last stage's, show parts of annotated pictures at the last stage's "
+        "scale, not whole pictures at a smaller one: cheap steps for small objects.",
+    )
     evaluate_scenes: int = option(0, "Held-out scenes (of another seed) in each evaluation.")
     eval_annotations: str | None = option(None, "COCO instances json to evaluate on.")
     eval_images: str | None = option(None, "Image folder of eval_annotations.")
@@ -111,9 +116,10 @@ class FinetuneArguments(PictureArguments):
         if self.train_scenes or self.evaluate_scenes:
             self.check_scene_sizes()
         augmentation = self.augmentation()
-        if self.train_scenes and augmentation != Augmentation():
+        if self.train_scenes and (self.crops or augmentation != Augmentation()):
             raise ValueError(
-                f"horizontal_flip and the scales are for annotated pictures, got {augmentation} with scenes"
+                f"horizontal_flip, the scales and crops are for annotated pictures, got {augmentation} and crops "
+                f"{self.crops} with scenes"
             )
 
     def _check_parts(self) -> None:

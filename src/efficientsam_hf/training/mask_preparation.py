@@ -19,6 +19,10 @@ class MaskPreparation:
     A sample is {"image": RGB PIL image, "masks": (N, H, W) bool array, "image_id" (optional)}. Pictures and masks are
     stretched as `image_processor` does it. Objects that cover less than `min_area` or more than `max_area` of the
     picture are left out; of the others up to `objects` are drawn. A random change that would leave none is not made.
+
+    With `scale_of`, a side in pixels, objects are as large as if the whole picture had been stretched to that side:
+    a smaller image shows a random part of the picture, and so many objects fewer as it is smaller in area. The prompt
+    decoder, which works on the whole image for each object, has a fraction of the work with an object of such a part.
     """
 
     image_processor: Any
@@ -26,30 +30,37 @@ class MaskPreparation:
     min_area: float = 0.0
     max_area: float = 0.9
     augmentation: Augmentation = field(default_factory=Augmentation)
+    scale_of: int | None = None
 
     def __call__(self, sample: dict[str, Any], size: int, generator: np.random.Generator) -> dict[str, torch.Tensor]:
-        """pixel_values (3, S, S), masks (Q, S, S) bool, object_mask (Q), padded at the end to Q = `objects`.
+        """pixel_values (3, S, S), masks (Q, S, S) bool, object_mask (Q), padded at the end to Q = `slots(size)`.
 
         Raises ValueError if the masks do not fit their picture, or if it holds no object to train on.
         """
         self._check(sample)
-        changed = self.augmentation(sample, generator)
+        changed = self.augmentation(sample, generator, zoom=self.scale_of / size if self.scale_of else 1.0)
         if not len(self._usable(changed["masks"])):
             changed = sample
         image, masks = changed["image"], changed["masks"]
-        chosen = generator.permutation(self._usable(masks))[: self.objects]
+        slots = self.slots(size)
+        chosen = generator.permutation(self._usable(masks))[:slots]
         stretched = stretch_masks(torch.from_numpy(np.ascontiguousarray(masks[chosen])), size)
         pixels = self.image_processor(images=image, size=size, return_tensors="pt")["pixel_values"][0]
-        missing = self.objects - len(stretched)
-        real = torch.arange(self.objects) < len(stretched)
+        missing = slots - len(stretched)
+        real = torch.arange(slots) < len(stretched)
         return {"pixel_values": pixels, "masks": F.pad(stretched, (0, 0, 0, 0, 0, missing)), "object_mask": real}
+
+    def slots(self, size: int) -> int:
+        """Objects that an image of this side has room for."""
+        share = (size / self.scale_of) ** 2 if self.scale_of else 1.0
+        return max(1, round(self.objects * share))
 
     def stand_in(self, size: int, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """What stands in a batch for a picture that cannot be used, whatever its good rows: zeros, and no object."""
         return {
             "pixel_values": torch.zeros(3, size, size),
-            "masks": torch.zeros(self.objects, size, size, dtype=torch.bool),
-            "object_mask": torch.zeros(self.objects, dtype=torch.bool),
+            "masks": torch.zeros(self.slots(size), size, size, dtype=torch.bool),
+            "object_mask": torch.zeros(self.slots(size), dtype=torch.bool),
         }
 
     def _check(self, sample: dict[str, Any]) -> None:

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`efficientsam segment --everything`: all masks of a picture, from a grid of points."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ..files import check_writable, write_json, write_png
+from ..models.rle_efficientsam import decode_rle
+from ..visualization import draw_masks
+from .loading import load_model
+
+
+# Option of the generator -> type and help; defaults are those of the checkpoint.
+OPTIONS = {
+    "points_per_crop": (int, "points per side of the grid"),
+    "pred_iou_thresh": (float, "least predicted IoU of a mask"),
+    "stability_score_thresh": (float, "least stability of a mask"),
+    "crops_n_layers": (int, "layers of crops beside the whole picture, 4**i in layer i"),
+    "crops_nms_thresh": (float, "box IoU above which the better of two masks stays"),
+    "max_hole_area": (int, "fill holes of up to so many pixels"),
+    "max_sprinkle_area": (int, "remove specks of up to so many pixels"),
+}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Flags of `segment` that belong to --everything."""
+    group = parser.add_argument_group("everything", "no prompts: a grid of points asks for all there is")
+    group.add_argument("--everything", action="store_true", help="segment everything")
+    for name, (kind, text) in OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+    group.add_argument(
+        "--tile", type=int, metavar="PIXELS", help="go through a large picture in tiles of this side, and join masks"
+    )
+    group.add_argument("--label-image", action="store_true", help="write labels.png: a 16-bit number for each pixel")
+    group.add_argument("--tile-overlap", type=int, metavar="PIXELS", help="pixels that tiles share (an eighth)")
+
+
+def check(args: argparse.Namespace) -> None:
+    """`ValueError` for prompts beside --everything, and for its options without it."""
+    given = [name for name in (*OPTIONS, "tile") if getattr(args, name) is not None]
+    if given and not args.everything:
+        raise ValueError(f"--{given[0].replace('_', '-')} is an option of --everything")
+    if args.label_image and not args.everything:
+        raise ValueError("--label-image is an option of --everything")
+    if args.tile_overlap is not None and args.tile is None:
+        raise ValueError("--tile-overlap is an option of --tile")
+    if args.everything and (args.point or args.background or args.box or args.mask or args.each_point):
+        raise ValueError("--everything takes no prompts")
+    if args.everything and args.all_masks:
+        raise ValueError("--all-masks is for prompts: --everything keeps every mask that is good")
+
+
+def run(args: argparse.Namespace, image: Image.Image) -> int:
+    """Segment, write overlay.png and masks.json, print what came out."""
+    from .. import EfficientSamMaskGenerator
+    from ..models.mask_generation_efficientsam import MaskGenerationOptions
+    from ..tiles import label_image, segment_tiles
+
+    folder = Path(args.output)
+    check_writable(folder)
+    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    MaskGenerationOptions().with_changes(options)
+    model, processor = load_model(args.model, args)
+    generator = EfficientSamMaskGenerator(model, processor, **options, output_type="coco_rle")
+    if args.tile is None:
+        result = generator(image)
+    else:
+        result = segment_tiles(generator, np.asarray(image), args.tile, args.tile_overlap, progress=True)
+    records = _records(result)
+    write_json(folder / "masks.json", {"image": args.image, "size": [image.height, image.width], "objects": records})
+    write_png(folder / "overlay.png", _overlay(image, result["masks"]))
+    if args.label_image:
+        labels = label_image(result["masks"], (image.height, image.width))
+        write_png(folder / "labels.png", Image.fromarray(labels.astype(np.uint16)))
+    print(_summary(result, image))
+    print(f"wrote {folder / 'overlay.png'} and {folder / 'masks.json'}")
+    return 0
+
+
+def _records(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """One entry of masks.json for each mask, boxes with x1 and y1 exclusive as for prompts."""
+    columns = zip(result["masks"], result["scores"].tolist(), result["areas"].tolist(), result["boxes"].tolist())
+    records = [
+        {"score": round(score, 4), "area": area, "box": [x0, y0, x1 + 1, y1 + 1], "segmentation": rle}
+        for rle, score, area, (x0, y0, x1, y1) in columns
+    ]
+    for record, point in zip(records, result.get("points", [])):
+        record["point"] = [round(value, 2) for value in point.tolist()]
+    return records
+
+
+def _overlay(image: Image.Image, masks: list[dict[str, Any]]) -> Image.Image:
+    """The masks on the picture, the largest at the bottom."""
+    largest = max(image.size)
+    if largest > 2048:  # a picture to look at
+        scale = 2048 / largest
+        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX)
+    rows = (np.arange(image.height) + 0.5) / image.height
+    columns = (np.arange(image.width) + 0.5) / image.width
+    shown = []
+    for rle in masks:
+        mask = decode_rle(rle)
+        height, width = mask.shape
+        shown.append(mask[np.ix_((rows * height).astype(int), (columns * width).astype(int))])
+    shown.sort(key=lambda mask: -np.count_nonzero(mask))
+    return draw_masks(image, np.stack(shown)) if shown else image
+
+
+def _summary(result: dict[str, Any], image: Image.Image) -> str:
+    areas = result["areas"].numpy()
+    if not len(areas):
+        return "no masks"
+    shares = np.percentile(areas, [0, 50, 100]) / (image.width * image.height)
+    sizes = ", ".join(f"{name} {100 * share:.2g} %" for name, share in zip(("smallest", "median", "largest"), shares))
+    return f"{len(areas)} masks; of the picture: {sizes}"

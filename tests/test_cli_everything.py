@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`efficientsam segment --everything`: files, tiles, and every refusal."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from efficientsam_hf.cli import main
+from efficientsam_hf.models.rle_efficientsam import decode_rle
+
+
+LOW = ["--everything", "--pred-iou-thresh", "0.2", "--stability-score-thresh", "0.5", "--points-per-crop", "4"]
+
+
+@pytest.fixture
+def picture(photo: Image.Image, tmp_path: Path) -> str:
+    photo.resize((200, 150)).save(tmp_path / "picture.png")
+    return str(tmp_path / "picture.png")
+
+
+@pytest.mark.parametrize("tile", [[], ["--tile", "128", "--tile-overlap", "32"]], ids=["whole", "tiles"])
+def test_results_agree_with_each_other(picture: str, tmp_path: Path, capsys, tile: list[str]) -> None:
+    out = tmp_path / "out"
+    assert main(["segment", picture, "-o", str(out), "--device", "cpu", "--label-image", *LOW, *tile]) == 0
+    content = json.loads((out / "masks.json").read_text())
+    objects = content["objects"]
+    assert content["size"] == [150, 200] and len(objects) > 2
+    assert f"{len(objects)} masks" in capsys.readouterr().out
+    labels = np.asarray(Image.open(out / "labels.png"))
+    for index, record in enumerate(objects):
+        mask = decode_rle(record["segmentation"])
+        rows, columns = np.nonzero(mask)
+        assert record["area"] == len(rows)
+        assert record["box"] == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+        assert ("point" in record) == (not tile)
+        assert mask[labels == index + 1].all()
+    assert labels.max() <= len(objects) and labels.max() > 0
+    with Image.open(out / "overlay.png") as overlay, Image.open(picture) as image:
+        assert overlay.size == image.size and np.mean(np.asarray(overlay) != np.asarray(image.convert("RGB"))) > 0.05
+
+
+def test_a_picture_without_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (40, 30)).save(tmp_path / "black.png")
+    flags = ["--everything", "--points-per-crop", "2", "--pred-iou-thresh", "0.999", "--device", "cpu"]
+    assert main(["segment", str(tmp_path / "black.png"), "-o", str(tmp_path / "out"), *flags]) == 0
+    assert "no masks" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out" / "masks.json").read_text())["objects"] == []
+    assert (tmp_path / "out" / "overlay.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--everything", "--point", "3,3"], "--everything takes no prompts"),
+        (["--point", "3,3", "--tile", "128"], "--tile is an option of --everything"),
+        (["--point", "3,3", "--pred-iou-thresh", "0.5"], "--pred-iou-thresh is an option of --everything"),
+        (["--point", "3,3", "--label-image"], "--label-image is an option of --everything"),
+        (["--everything", "--tile-overlap", "9"], "--tile-overlap is an option of --tile"),
+        (["--everything", "--points-per-crop", "0"], "points_per_crop must be a whole number of at least 1, got 0"),
+        (["--everything", "--stability-score-thresh", "2"], "stability_score_thresh must be from 0 to 1, got 2.0"),
+        (["--everything", "--crops-n-layers", "9"], "crops_n_layers 9 cuts"),
+        (["--everything", "--tile", "10"], "tile must be at least 64"),
+        (["--everything", "--all-masks"], "--all-masks"),
+    ],
+)
+def test_refusals(picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags, words: str) -> None:
+    assert main(["segment", picture, "-o", str(tmp_path / "out"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "masks.json").exists()

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segment everything by our generator: the masks of the stock pipeline, whatever is computed when."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import MaskGenerationPipeline, SamConfig, SamImageProcessor, SamModel, pipeline
+
+from efficientsam_hf import (
+    EfficientSamConfig,
+    EfficientSamImageProcessor,
+    EfficientSamMaskGenerationPipeline,
+    EfficientSamMaskGenerator,
+    EfficientSamModel,
+    EfficientSamProcessor,
+    default_checkpoint,
+)
+from efficientsam_hf.models import mask_generation_efficientsam as module
+from efficientsam_hf.models.mask_generation_efficientsam import MaskGenerationOptions, masks_to_boxes
+from efficientsam_hf.models.rle_efficientsam import decode_rle
+
+
+LOW = {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.6, "points_per_crop": 6}
+
+
+@pytest.fixture(scope="module")
+def model() -> EfficientSamModel:
+    return EfficientSamModel.from_pretrained(default_checkpoint()).eval()
+
+
+@pytest.fixture(scope="module")
+def processor() -> EfficientSamProcessor:
+    """Of the shipped model, for small pictures."""
+    processor = EfficientSamProcessor.from_pretrained(default_checkpoint())
+    processor.image_processor = EfficientSamImageProcessor.from_pretrained(
+        default_checkpoint(), size=256, mask_generation=None
+    )
+    return processor
+
+
+@pytest.fixture(scope="module")
+def generator(model, processor) -> EfficientSamMaskGenerator:
+    return EfficientSamMaskGenerator(model, processor, **LOW)
+
+
+@pytest.fixture(scope="module")
+def picture(photo: Image.Image) -> Image.Image:
+    return photo.resize((230, 150))
+
+
+def iou(first: np.ndarray, second: np.ndarray) -> float:
+    return np.count_nonzero(first & second) / max(1, np.count_nonzero(first | second))
+
+
+def same_masks(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return len(one["masks"]) == len(other["masks"]) and all(
+        np.array_equal(a, b) for a, b in zip(one["masks"], other["masks"])
+    )
+
+
+# The masks
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stability_score_thresh": 0.0, "crops_nms_thresh": 0.3}, {"pred_iou_thresh": 0.0, "mask_threshold": 0.5}],
+    ids=["low thresholds", "no stability", "another cut"],
+)
+def test_masks_are_those_of_the_stock_pipeline(model, processor, generator, picture, options) -> None:
+    stock = MaskGenerationPipeline(model=model, image_processor=processor.image_processor)
+    expected = stock(picture, **{**LOW, **options}, output_bboxes_mask=True)
+    result = generator(picture, **options)
+    assert len(expected["masks"]) > 5
+    torch.testing.assert_close(result["scores"], expected["scores"], rtol=0, atol=1e-4)
+    torch.testing.assert_close(result["boxes"], expected["bounding_boxes"].long(), rtol=0, atol=1)
+    for mask, other in zip(result["masks"], expected["masks"]):
+        assert mask.shape == (150, 230) and iou(mask, other) > 0.99
+
+
+@pytest.mark.parametrize("changes", [{"MASKS_HELD": 3}, {"MASKS_AT_ONCE": 1}, {"IMAGES_AT_ONCE": 1}])
+def test_what_is_kept_in_memory_changes_nothing(generator, picture, monkeypatch, changes) -> None:
+    expected = generator(picture, crops_n_layers=1)
+    for name, value in changes.items():
+        monkeypatch.setattr(module, name, value)
+    result = generator(picture, crops_n_layers=1, points_per_batch=5)
+    torch.testing.assert_close(result["scores"], expected["scores"], rtol=0, atol=1e-5)
+    assert all(iou(a, b) > 0.999 for a, b in zip(result["masks"], expected["masks"], strict=True))
+
+
+def test_the_bounds_of_a_box_hold(generator, picture, monkeypatch) -> None:
+    """Masks that are certain to be suppressed are never looked at; looking at all of them gives the same."""
+    options = {"points_per_crop": 12, "pred_iou_thresh": 0.1}
+    generator = EfficientSamMaskGenerator(
+        generator.model, EfficientSamImageProcessor.from_pretrained(default_checkpoint()), **LOW
+    )
+    expected = generator(picture, **options)
+    looked_at = []
+    exact = module._Crop._exact_mask
+    monkeypatch.setattr(module._Crop, "_exact_mask", lambda *a: looked_at.append(1) or exact(*a))
+    assert same_masks(generator(picture, **options), expected)
+    few = len(looked_at)
+    monkeypatch.setattr(module, "_certain_iou", lambda inner, outer, boxes: torch.zeros(len(inner), len(boxes)))
+    assert same_masks(generator(picture, **options), expected)
+    assert few < 0.7 * (len(looked_at) - few)
+
+
+def test_numbers_describe_the_masks(generator, picture) -> None:
+    result = generator(picture, crops_n_layers=1, crop_n_points_downscale_factor=2)
+    masks = torch.from_numpy(np.stack(result["masks"]))
+    assert torch.equal(masks_to_boxes(masks), result["boxes"])
+    assert torch.equal(masks.flatten(1).sum(1), result["areas"])
+    assert result["scores"].tolist() == sorted(result["scores"].tolist(), reverse=True)
+    x, y = result["points"].T
+    assert ((x >= 0) & (x <= 230) & (y >= 0) & (y <= 150)).all()
+    on_its_mask = masks[range(len(masks)), y.long().clamp(max=149), x.long().clamp(max=229)]
+    assert on_its_mask.float().mean() > 0.7  # a click says what is meant
+    assert ((result["stability_scores"] > 0.6) & (result["stability_scores"] <= 1)).all()
+    by_area = generator(picture, crops_n_layers=1, crop_n_points_downscale_factor=2, sort_by="area")
+    assert by_area["areas"].tolist() == sorted(result["areas"].tolist(), reverse=True)
+
+
+def test_output_types(generator, picture) -> None:
+    arrays = generator(picture, output_rle_mask=True, output_bboxes_mask=True)
+    runs, compressed = (generator(picture, output_type=kind) for kind in ("rle", "coco_rle"))
+    assert torch.equal(arrays["bounding_boxes"], arrays["boxes"]) and arrays["rle_mask"] == runs["masks"]
+    for mask, plain, packed in zip(arrays["masks"], runs["masks"], compressed["masks"], strict=True):
+        assert isinstance(plain["counts"], list) and isinstance(packed["counts"], str)
+        np.testing.assert_array_equal(decode_rle(plain), mask)
+        np.testing.assert_array_equal(decode_rle(packed), mask)
+
+
+@pytest.mark.parametrize("size", [(300, 180), (40, 260), (256, 256), (999, 70)])
+def test_a_window_is_a_part_of_the_whole(size) -> None:
+    processor = EfficientSamImageProcessor(size=256)
+    logits = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    whole = processor.post_process_masks(logits[None, None, None], [size], binarize=False)[0][0, 0]
+    for cells in ([0, 0, 63, 63], [10, 20, 14, 21], [60, 0, 63, 3], [5, 5, 5, 5]):
+        window, (x, y) = processor.resize_window(logits, size, cells)
+        part = whole[y : y + window.shape[0], x : x + window.shape[1]]
+        torch.testing.assert_close(window, part, rtol=0, atol=2e-5)
+        centres = [(cells[axis] + 0.5) / 64 * size[1 - axis % 2] for axis in range(4)]
+        assert x <= centres[0] and y <= centres[1]
+        assert x + window.shape[1] >= centres[2] and y + window.shape[0] >= centres[3]
+
+
+# Holes and specks
+
+
+def found(mask: np.ndarray, x: int = 0, y: int = 0) -> module._FoundMask:
+    box = masks_to_boxes(torch.from_numpy(mask)[None])[0] + torch.tensor([x, y, x, y])
+    return module._FoundMask(mask, (x, y), box.tolist(), int(mask.sum()), 0.9, 0.9, [0.0, 0.0], 100)
+
+
+def test_small_regions() -> None:
+    mask = np.zeros((20, 20), bool)
+    mask[2:14, 2:14] = True
+    mask[4:6, 4:6] = False  # a hole of 4 pixels
+    mask[8:12, 8:12] = False  # and one of 16
+    mask[17, 17:19] = True  # a speck of 2, whose corner touches another pixel
+    mask[16, 16] = True
+    clean = module._without_small_regions(found(mask), (20, 20), 4, 3)
+    assert clean.window[4:6, 4:6].all() and not clean.window[8:12, 8:12].any() and not clean.window[15:].any()
+    assert clean.changed and clean.box == [2, 2, 13, 13] and clean.area == 144 - 16
+    untouched = module._without_small_regions(found(mask), (20, 20), 3, 2)
+    assert not untouched.changed and untouched.window is not None and untouched.area == mask.sum()
+    only_specks = np.zeros((20, 20), bool)
+    only_specks[3, 3:5] = only_specks[9, 9] = True
+    kept = module._without_small_regions(found(only_specks), (20, 20), 0, 50)
+    assert kept.window[3, 3:5].all() and kept.area == 2
+
+
+def test_a_gap_at_the_edge_of_a_window_is_a_hole_only_where_the_image_ends() -> None:
+    mask = np.ones((6, 6), bool)
+    mask[0, 0] = mask[5, 5] = False
+    inside = module._without_small_regions(found(mask, 10, 10), (100, 100), 5, 0)
+    assert not inside.changed
+    corner = module._without_small_regions(found(mask), (100, 100), 5, 0)
+    assert corner.window[0, 0] and not corner.window[5, 5]
+
+
+def test_cleaned_masks_have_no_small_regions(generator, picture) -> None:
+    from scipy import ndimage
+
+    result = generator(picture, max_hole_area=60, max_sprinkle_area=60)
+    for mask in result["masks"]:
+        labels, count = ndimage.label(mask, np.ones((3, 3)))
+        sizes = np.bincount(labels.reshape(-1))[1:]
+        assert count == 1 or sizes.min() > 60
+        holes, _ = ndimage.label(~mask, np.ones((3, 3)))
+        assert not (np.bincount(holes.reshape(-1))[1:] <= 60).any()
+
+
+# Pictures of every kind
+
+
+def test_pictures_of_every_kind(generator, picture, tmp_path: Path) -> None:
+    expected = generator(picture)
+    assert same_masks(generator(np.asarray(picture)), expected)
+    for mode in ("RGBA", "L", "P", "CMYK"):
+        path = tmp_path / f"{mode}.tif"
+        picture.convert(mode).save(path)
+        assert len(generator(path)["masks"]) > 3
+    several = generator([picture, picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+    assert len(several) == 2 and all(iou(a, b) > 0.99 for a, b in zip(several[0]["masks"], expected["masks"]))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (64, 64)])
+def test_pictures_without_anything_on_them(generator, size) -> None:
+    result = generator(Image.new("RGB", size), pred_iou_thresh=0.99, stability_score_thresh=0.99)
+    assert result["boxes"].shape == (len(result["masks"]), 4) and result["points"].shape == (len(result["masks"]), 2)
+    if size == (64, 64):
+        assert result["masks"] == [] and len(result["scores"]) == 0
+
+
+def test_damaged_and_deep_pictures(generator, tmp_path: Path, picture) -> None:
+    Image.fromarray(np.zeros((9, 9), np.uint16)).save(tmp_path / "deep.png")
+    picture.save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:2000])
+    for name, words in (("deep.png", "8 bits"), ("half.jpg", "truncated")):
+        with pytest.raises(ValueError, match=words):
+            generator(tmp_path / name)
+
+
+# Options
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"points_per_crop": 0}, ValueError, "points_per_crop must be a whole number of at least 1, got 0"),
+        ({"points_per_batch": 0}, ValueError, "points_per_batch"),
+        ({"pred_iou_thresh": 1.5}, ValueError, "pred_iou_thresh must be from 0 to 1, got 1.5"),
+        ({"stability_score_thresh": -0.1}, ValueError, "stability_score_thresh"),
+        ({"crops_nms_thresh": 7}, ValueError, "crops_nms_thresh"),
+        ({"crops_n_layers": -1}, ValueError, "crops_n_layers"),
+        ({"crops_n_layers": 5}, ValueError, "crops_n_layers 5 cuts each side of an image of 230 x 150"),
+        ({"crop_overlap_ratio": 1.0}, ValueError, "crop_overlap_ratio"),
+        ({"max_hole_area": -1}, ValueError, "max_hole_area"),
+        ({"output_type": "png"}, ValueError, "output_type must be one of bool, rle, coco_rle, got 'png'"),
+        ({"sort_by": "name"}, ValueError, "sort_by"),
+        ({"points_per_side": 32}, TypeError, "unknown option 'points_per_side'"),
+    ],
+)
+def test_wrong_options(generator, picture, options, error, words: str) -> None:
+    with pytest.raises(error, match=words):
+        generator(picture, **options)
+
+
+def test_options_of_the_checkpoint_and_of_the_caller(model, tmp_path: Path) -> None:
+    own = {"pred_iou_thresh": 0.7, "stability_score_thresh": 0.9}
+    EfficientSamImageProcessor(size=64, mask_generation=own).save_pretrained(tmp_path)
+    loaded = EfficientSamImageProcessor.from_pretrained(tmp_path)
+    assert EfficientSamMaskGenerator(model, loaded).options == MaskGenerationOptions(**own)
+    changed = EfficientSamMaskGenerator(model, loaded, pred_iou_thresh=0.1, points_per_crop=5)
+    assert changed.options == MaskGenerationOptions(**{**own, "pred_iou_thresh": 0.1, "points_per_crop": 5})
+    with pytest.raises(TypeError, match="unknown option 'thresh'"):
+        EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=64, mask_generation={"thresh": 1}))
+
+
+# The pipeline
+
+
+def test_pipeline_is_ours_from_a_folder_and_from_an_object(model, processor, picture, generator, tmp_path) -> None:
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    named = json.loads((tmp_path / "config.json").read_text())["custom_pipelines"]["mask-generation"]["impl"]
+    assert named == "mask_generation_efficientsam.EfficientSamMaskGenerationPipeline"
+    assert (tmp_path / "mask_generation_efficientsam.py").is_file()
+    for given in ({"model": str(tmp_path)}, {"model": model, "image_processor": processor.image_processor}):
+        generate = pipeline("mask-generation", **given)
+        assert isinstance(generate, EfficientSamMaskGenerationPipeline)
+        assert same_masks(generate(picture, **LOW), generator(picture))
+
+
+def test_a_config_keeps_the_name_of_its_pipeline(tmp_path: Path, model) -> None:
+    model.save_pretrained(tmp_path / "one")
+    EfficientSamConfig.from_pretrained(tmp_path / "one").save_pretrained(tmp_path / "two")
+    one, two = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two"))
+    assert one["custom_pipelines"] == two["custom_pipelines"]
+
+
+def test_pipeline_of_other_models_is_the_stock_one() -> None:
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 64, "mlp_dim": 32}
+    sam = SamModel(SamConfig(vision_config={**vision, "output_channels": 16}))
+    generate = pipeline("mask-generation", model=sam, image_processor=SamImageProcessor())
+    assert type(generate) is MaskGenerationPipeline
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_pipeline_in_batches(model, processor, picture, batch_size: int) -> None:
+    generate = pipeline("mask-generation", model=model, image_processor=processor.image_processor, **LOW)
+    pictures = [picture, picture.rotate(90, expand=True), picture.crop((0, 0, 100, 100))]
+    expected = [generate(one) for one in pictures]
+    for given in (pictures, (one for one in pictures)):
+        results = list(generate(given, batch_size=batch_size))
+        assert [mask["masks"][0].shape for mask in results] == [(150, 230), (230, 150), (100, 100)]
+        for result, other in zip(results, expected):
+            torch.testing.assert_close(result["scores"], other["scores"], rtol=0, atol=1e-4)
+
+
+def test_pipeline_refuses_what_it_does_not_know(model, processor, picture) -> None:
+    with pytest.raises(TypeError, match="unknown option 'point_per_crop'"):
+        pipeline("mask-generation", model=model, image_processor=processor.image_processor, point_per_crop=3)
+    generate = pipeline("mask-generation", model=model, image_processor=processor.image_processor)
+    with pytest.raises(ValueError, match="points_per_batch"):
+        generate(picture, points_per_batch=0)
+
+
+def test_half_precision_gives_the_same_masks(model, processor, picture, generator) -> None:
+    half = EfficientSamModel.from_pretrained(default_checkpoint(), dtype=torch.bfloat16)
+    result = EfficientSamMaskGenerator(half, processor, **LOW)(picture)
+    expected = generator(picture)
+    partners = [max(iou(mask, other) for other in expected["masks"]) for mask in result["masks"]]
+    assert result["scores"].dtype == torch.float32 and np.mean(np.array(partners) > 0.8) > 0.7
