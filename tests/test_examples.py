@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The scripts in examples/ run as their first line says."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,13 @@ def test_correct_mask(root: Path, photo_path: Path) -> None:
     lines = example(root, "correct_mask.py", photo_path, "230", "120", "30", "30").splitlines()
     assert [line.partition(":")[0] for line in lines] == ["one click", "corrected"]
     assert lines[0].partition(":")[2] != lines[1].partition(":")[2], "the correction changed nothing"
+
+
+def test_segment_everything(root: Path, photo_path: Path, tmp_path: Path) -> None:
+    printed = example(root, "segment_everything.py", photo_path, tmp_path / "out")
+    masks = json.loads((tmp_path / "out" / "masks.json").read_text())
+    assert len(masks) == printed.count("predicted IoU") > 1
+    assert (tmp_path / "out" / "everything.png").is_file()
 
 
 @pytest.mark.slow

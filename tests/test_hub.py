@@ -358,7 +358,9 @@ def test_code_of_the_card_runs_without_the_package(run: Path, tmp_path: Path) ->
         cwd=exported, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
-    assert process.stdout.splitlines()[-1] == "EfficientSamModel ['masks', 'scores']"
+    assert process.stdout.splitlines()[-1] == (
+        "EfficientSamModel ['areas', 'boxes', 'masks', 'points', 'scores', 'stability_scores']"
+    )
 
 
 # The command

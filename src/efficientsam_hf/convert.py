@@ -48,6 +48,8 @@ BOX_CORNERS = ("prompt_encoder.bbox_top_left_embeddings.weight", "prompt_encoder
 
 
 # What reading and unpickling raise on files that are damaged or something else.
+# Thresholds of segment-everything in the notebook of the released code (yformer/EfficientSAM, notebooks).
+RELEASED_MASK_GENERATION = {"pred_iou_thresh": 0.7, "stability_score_thresh": 0.9}
 NO_CHECKPOINT = (RuntimeError, EOFError, LookupError, AssertionError, TypeError, struct.error)
 NO_CHECKPOINT += (zipfile.BadZipFile, zlib.error)
 
@@ -74,7 +76,9 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
     config = released_config(state)
     model = EfficientSamModel(config)
     load_released_state(model, state)
-    image_processor = EfficientSamImageProcessor(size=config.vision_config.image_size)
+    image_processor = EfficientSamImageProcessor(
+        size=config.vision_config.image_size, mask_generation=RELEASED_MASK_GENERATION
+    )
     processor = EfficientSamProcessor.for_model(config, image_processor)
 
     def fill(folder: Path) -> None:

@@ -41,13 +41,13 @@ model = AutoModelForMaskGeneration.from_pretrained(".", trust_remote_code=True)
 processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
 ```
 
-and the pipeline of transformers finds everything in a picture:
+and a pipeline that comes with them finds everything in a picture:
 
 ```python
 from transformers import pipeline
 
 generator = pipeline("mask-generation", model=".", trust_remote_code=True)
-result = generator("photo.jpg", points_per_batch=64)
+result = generator("photo.jpg", points_per_crop=32)
 ```
 """
 

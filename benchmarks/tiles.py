@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segment everything in a picture of many megapixels, tile by tile: time, memory, and what the seams cost.
+
+Usage: python benchmarks/tiles.py [--side 12000] [--scene 1000] [--tile 1024] [--overlap 128] [--grid 16]
+       [--dtype bfloat16] [--json FILE]
+
+The picture is a mosaic of generated scenes with exact masks. Scenes and tiles have different sides, so that seams of
+tiles run through the objects. For every object that covers 1 to 30 % of its scene the best mask is looked for: objects
+on a seam should come out as well as the others, and in one piece. Memory is the process's peak over what it held with
+model and picture loaded.
+"""
+
+import argparse
+import json
+import resource
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from efficientsam_hf import EfficientSamMaskGenerator, EfficientSamModel, EfficientSamProcessor, default_checkpoint
+from efficientsam_hf.machine import describe_machine
+from efficientsam_hf.models.rle_efficientsam import decode_rle
+from efficientsam_hf.tiles import segment_tiles, tile_starts
+from efficientsam_hf.training.scene_batches import scene_samples
+
+
+SEED = 77
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--side", type=int, default=12000, help="side of the picture in pixels")
+    parser.add_argument("--scene", type=int, default=1000, help="side of a scene in it")
+    parser.add_argument("--tile", type=int, default=1024)
+    parser.add_argument("--overlap", type=int, default=128)
+    parser.add_argument("--grid", type=int, default=16, help="points per side of a tile")
+    parser.add_argument("--model", default=default_checkpoint())
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def mosaic(side: int, scene: int) -> tuple[np.ndarray, list[tuple[int, int, np.ndarray]]]:
+    """(side, side, 3) uint8, and the objects as (x, y, mask of the scene that begins there)."""
+    picture, objects = np.zeros((side, side, 3), np.uint8), []
+    places = [(x, y) for y in range(0, side - scene + 1, scene) for x in range(0, side - scene + 1, scene)]
+    for index, (x, y) in enumerate(tqdm(places, unit="scene")):
+        for sample in scene_samples(1, SEED + index, scene, objects=6, min_area=0.01, max_area=0.3):
+            picture[y : y + scene, x : x + scene] = np.asarray(sample["image"])
+            objects += [(x, y, mask) for mask in sample["masks"]]
+    return picture, objects
+
+
+def crosses_seam(x: int, y: int, mask: np.ndarray, args: argparse.Namespace) -> bool:
+    """Whether no tile has the whole object inside."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    starts = tile_starts(args.side, args.tile, args.overlap)
+
+    def inside(low: int, high: int) -> bool:
+        return any(start <= low and high < start + args.tile for start in starts)
+
+    return not (inside(x + columns[0], x + columns[-1]) and inside(y + rows[0], y + rows[-1]))
+
+
+def best_ious(objects: list[tuple[int, int, np.ndarray]], result: dict) -> np.ndarray:
+    """IoU of each object with the mask that fits it best, over the whole picture."""
+    best = np.zeros(len(objects))
+    boxes = result["boxes"].numpy()
+    areas = np.array([mask.sum() for _, _, mask in objects])
+    corners = np.array([(x, y, x + mask.shape[1], y + mask.shape[0]) for x, y, mask in objects])
+    for rle, (x0, y0, x1, y1), area in zip(tqdm(result["masks"], unit="mask"), boxes, result["areas"].tolist()):
+        near = (corners[:, 0] <= x1) & (corners[:, 2] > x0) & (corners[:, 1] <= y1) & (corners[:, 3] > y0)
+        near &= (areas < 2.5 * area) & (area < 2.5 * areas)  # others cannot have an IoU of 0.4
+        if near.any():
+            whole = decode_rle(rle)
+            for index in np.flatnonzero(near):
+                x, y, mask = objects[index]
+                shared = np.count_nonzero(whole[y : y + mask.shape[0], x : x + mask.shape[1]] & mask)
+                best[index] = max(best[index], shared / (area + areas[index] - shared))
+    return best
+
+
+def summary(ious: np.ndarray) -> dict[str, float]:
+    return {"objects": len(ious), "mean": float(ious.mean()), "above_half": float((ious > 0.5).mean())}
+
+
+def main() -> None:
+    args = parse_arguments()
+    picture, objects = mosaic(args.side, args.scene)
+    model = EfficientSamModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
+    generator = EfficientSamMaskGenerator(
+        model, EfficientSamProcessor.from_pretrained(args.model), points_per_crop=args.grid
+    )
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    result = segment_tiles(generator, picture, args.tile, args.overlap, progress=True)
+    seconds = time.perf_counter() - start
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    ious = best_ious(objects, result)
+    on_seam = np.array([crosses_seam(*item, args) for item in objects])
+    record = {
+        "megapixels": args.side**2 / 1e6,
+        "seconds": seconds,
+        "seconds_per_megapixel": seconds / (args.side**2 / 1e6),
+        "gigabytes_over_model_and_picture": peak,
+        "masks": len(result["masks"]),
+        "masks_from_several_tiles": int((result["tiles"] > 1).sum()),
+        "objects_on_a_seam": summary(ious[on_seam]),
+        "objects_inside_a_tile": summary(ious[~on_seam]),
+        "machine": describe_machine(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    print(json.dumps(record, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps({**vars(args), "json": None, **record}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
