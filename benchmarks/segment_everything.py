@@ -275,9 +275,9 @@ def print_peak(args: argparse.Namespace) -> None:
         points_per_crop=args.peak_of,
         output_type="coco_rle",
     )
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(), time.perf_counter()
     masks = len(generator(image)["masks"])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before / 2**10
     print(json.dumps({"gigabytes": peak / 2**20, "seconds": time.perf_counter() - start, "masks": masks}))
 
 

@@ -95,10 +95,10 @@ def main() -> None:
     generator = EfficientSamMaskGenerator(
         model, EfficientSamProcessor.from_pretrained(args.model), points_per_crop=args.grid
     )
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(), time.perf_counter()
     result = segment_tiles(generator, picture, args.tile, args.overlap, progress=True)
     seconds = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before / 2**10) / 2**20
     ious = best_ious(objects, result)
     on_seam = np.array([crosses_seam(*item, args) for item in objects])
     record = {

@@ -61,6 +61,19 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Remember what the numbers in the folder belong to; ValueError for other arguments, or a run without room."""
+    longest = args.pretrain_minutes + args.finetune_minutes
+    if longest > args.part_minutes:
+        raise ValueError(f"--part-minutes must be at least {longest:g}, the longest run, got {args.part_minutes:g}")
+    fixed = {name: str(value) for name, value in vars(args).items() if name not in ("output", "seeds", "part_minutes")}
+    path = args.output / "arguments.json"
+    if path.is_file() and json.loads(path.read_text()) != fixed:
+        raise ValueError(f"{args.output} holds runs with other arguments: {path.read_text()}")
+    args.output.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(fixed, indent=2))
+
+
 def efficientsam(*arguments: object) -> None:
     subprocess.run([sys.executable, "-m", "efficientsam_hf.cli", *map(str, arguments)], check=True)
 
@@ -134,7 +147,8 @@ def step_seconds(args: argparse.Namespace) -> dict[str, float]:
             times = [line["elapsed"] for line in run.log("train")]
             found[kind] += [after - before for before, after in zip(times[2:], times[3:])]  # the first ones warm up
     seconds = {kind: statistics.median(values) for kind, values in found.items()}
-    path.write_text(json.dumps(seconds, indent=2))
+    path.with_suffix(".partial").write_text(json.dumps(seconds, indent=2))
+    path.with_suffix(".partial").replace(path)
     return seconds
 
 
@@ -201,7 +215,7 @@ def draw_curves(args: argparse.Namespace, path: Path) -> None:
 def main() -> int:
     args = parse_arguments()
     end = time.monotonic() + args.part_minutes * 60
-    args.output.mkdir(parents=True, exist_ok=True)
+    check_arguments(args)
     seconds = step_seconds(args)
     for kind, run in runs(args):
         if run.done:

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from efficientsam_hf.data.coco import CocoSamples
-from efficientsam_hf.evaluation import average_precision, read_detections
+from efficientsam_hf.evaluation import average_precision, everything_average_precision, read_detections
+from efficientsam_hf.models import mask_generation_efficientsam
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 
 
@@ -174,3 +175,48 @@ def test_annotations_that_cannot_be_measured(samples: CocoSamples) -> None:
     Image.new("RGB", (HEIGHT, WIDTH)).save(samples.image_folder / "1.png")
     with pytest.raises(ValueError, match="1.png is 60 x 80 pixels, but instances.json says 80 x 60"):
         measure(changed())
+
+
+def everything(
+    samples: CocoSamples, monkeypatch, masks_of: dict[int, list[tuple]], **options: Any
+) -> dict[str, float]:
+    """AP of segment-everything that finds rectangles, as (box, score), in pictures told apart by their place."""
+    pictures = iter(sorted(masks_of))
+
+    def generator(model: Any, processor: Any, **given: Any) -> Any:
+        assert given == {**options, "output_type": "coco_rle"}
+
+        def generate(picture: Image.Image) -> dict[str, Any]:
+            rles, scores = [], []
+            for (left, top, right, bottom), score in masks_of[next(pictures)]:
+                mask = np.zeros((HEIGHT, WIDTH), bool)
+                mask[top:bottom, left:right] = True
+                rles.append(encode_rle(mask))
+                scores.append(score)
+            return {"masks": rles, "scores": torch.tensor(scores)}
+
+        return generate
+
+    monkeypatch.setattr(mask_generation_efficientsam, "EfficientSamMaskGenerator", generator)
+    return everything_average_precision(Filler(), Processor(), samples, progress=False, **options)["everything"]
+
+
+def test_everything_that_is_there_and_something_that_is_not(samples: CocoSamples, monkeypatch) -> None:
+    found = {1: [(OBJECTS[0][1], 0.9), (OBJECTS[1][1], 0.8)], 2: [(OBJECTS[2][1], 0.7)], 3: []}
+    assert everything(samples, monkeypatch, found, points_per_crop=4)["AP"] == pytest.approx(1)
+    found[3] = [((0, 0, 20, 20), 0.85)]  # before the second of three true ones
+    worse = everything(samples, monkeypatch, found)["AP"]
+    assert worse == pytest.approx((34 + 33 * 3 / 4 + 34 * 3 / 4) / 101, abs=0.01)
+    assert everything(samples, monkeypatch, {1: [], 2: [], 3: []})["AP50"] == 0.0
+
+
+def test_everything_counts_no_categories(samples: CocoSamples, tmp_path: Path, monkeypatch) -> None:
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["annotations"][0]["category_id"] = 7
+    content["categories"] = [{"id": 7, "name": "a"}, {"id": 1, "name": "b"}]
+    for entry in content["annotations"][1:]:
+        entry["category_id"] = 1
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    found = {1: [(OBJECTS[0][1], 0.9), (OBJECTS[1][1], 0.8)], 2: [(OBJECTS[2][1], 0.7)], 3: []}
+    other = CocoSamples(tmp_path / "other.json", tmp_path)
+    assert everything(other, monkeypatch, found)["AP"] == pytest.approx(1)

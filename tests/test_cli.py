@@ -441,6 +441,23 @@ def test_evaluate_measures_average_precision(coco: list[str], model_folder: str,
     assert "--boxes needs --annotations" in refused(scenes, capsys)
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+def test_evaluate_measures_everything(coco: list[str], model_folder: str, tmp_path: Path, capsys) -> None:
+    output = tmp_path / "everything.json"
+    options = ["--everything", "--points-per-crop", "3", "--pred-iou-thresh", "0", "--stability-score-thresh", "0"]
+    arguments = ["evaluate", model_folder, "--device", "cpu", *coco, *options, "--output", str(output)]
+    assert main(arguments) == 0
+    record = json.loads(output.read_text())
+    assert set(record["average_precision"]) == {"everything"} and record["protocol"]["points_per_crop"] == 3
+    assert "everything" in capsys.readouterr().out
+    for wrong, words in (
+        (["--points-per-crop", "3"], "--points-per-crop is an option of --everything"),
+        (["--everything", "--boxes", "ground-truth"], "and no --boxes"),
+        (["--everything", "--pred-iou-thresh", "3"], "pred_iou_thresh must be a number from 0 to 1"),
+    ):
+        assert words in refused(["evaluate", model_folder, *coco, *wrong], capsys)
+
+
 def test_two_processes_measure_the_same(coco: list[str], model_folder: str, tmp_path: Path) -> None:
     """Both share the pictures, of mIoU and of AP; one prints and writes.
 

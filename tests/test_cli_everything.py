@@ -42,13 +42,22 @@ def test_results_agree_with_each_other(picture: str, tmp_path: Path, capsys, til
         assert overlay.size == image.size and np.mean(np.asarray(overlay) != np.asarray(image.convert("RGB"))) > 0.05
 
 
-def test_a_picture_without_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Image.new("RGB", (40, 30)).save(tmp_path / "black.png")
+@pytest.mark.parametrize("size", [(40, 30), (1, 5000)])
+def test_a_picture_without_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str], size) -> None:
+    Image.new("RGB", size).save(tmp_path / "black.png")
     flags = ["--everything", "--points-per-crop", "2", "--pred-iou-thresh", "0.999", "--device", "cpu"]
     assert main(["segment", str(tmp_path / "black.png"), "-o", str(tmp_path / "out"), *flags]) == 0
     assert "no masks" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "masks.json").read_text())["objects"] == []
     assert (tmp_path / "out" / "overlay.png").is_file()
+
+
+def test_only_tiles_lift_the_limit_on_large_pictures(picture: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    out = ["-o", str(tmp_path / "out"), "--device", "cpu", *LOW]
+    assert main(["segment", picture, *out]) == 2 and "safety limit" in capsys.readouterr().err
+    assert main(["segment", picture, *out, "--tile", "128"]) == 0
+    assert Image.MAX_IMAGE_PIXELS == 10_000
 
 
 @pytest.mark.parametrize(
@@ -60,8 +69,8 @@ def test_a_picture_without_masks(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--point", "3,3", "--label-image"], "--label-image is an option of --everything"),
         (["--everything", "--tile-overlap", "9"], "--tile-overlap is an option of --tile"),
         (["--everything", "--points-per-crop", "0"], "points_per_crop must be a whole number of at least 1, got 0"),
-        (["--everything", "--stability-score-thresh", "2"], "stability_score_thresh must be from 0 to 1, got 2.0"),
-        (["--everything", "--crops-n-layers", "9"], "crops_n_layers 9 cuts"),
+        (["--everything", "--stability-score-thresh", "2"], "stability_score_thresh must be a number from 0 to 1"),
+        (["--everything", "--crops-n-layers", "9"], "crops_n_layers 9 makes crops"),
         (["--everything", "--tile", "10"], "tile must be at least 64"),
         (["--everything", "--all-masks"], "--all-masks"),
     ],

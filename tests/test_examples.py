@@ -60,7 +60,7 @@ def test_sami_claim_in_parts(root: Path, tmp_path: Path) -> None:
         "--scenes",
         "2",
     ]
-    printed = example(root, "sami_claim.py", tmp_path / "out", *flags, "--part-minutes", "0.01")
+    printed = example(root, "sami_claim.py", tmp_path / "out", *flags, "--part-minutes", "0.06")
     assert "this part's time is used up before" in printed and "| sami |" not in printed
     printed = example(root, "sami_claim.py", tmp_path / "out", *flags)
     assert all(f"| {arm} | 0." in printed for arm in ("mae", "sami", "scratch", "scratch_long"))

@@ -82,6 +82,25 @@ def test_half_precision_is_no_worse_than_the_plain_path(model) -> None:
     assert (scores.float() - exact_scores).abs().mean() < 2 * (usual_scores.float() - exact_scores).abs().mean() + 0.01
 
 
+def test_adapters_are_not_passed_over(model) -> None:
+    pytest.importorskip("peft")
+    from efficientsam_hf.training.lora import add_adapters
+
+    adapted = EfficientSamModel(model.config).eval()
+    adapted.load_state_dict(model.state_dict())
+    add_adapters(adapted, ["mask_decoder"], 4, 16.0)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora" in name:
+                parameter += 0.3 * torch.randn_like(parameter)
+    embeddings = torch.randn(1, 256, 8, 8)
+    expected, expected_scores = plain(adapted, embeddings, prompts("both"))
+    masks, scores = EfficientSamFastDecoder(adapted, embeddings)(**prompts("both"))
+    torch.testing.assert_close(masks, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-4)
+    assert (expected - plain(model, embeddings, prompts("both"))[0]).abs().max() > 0.1
+
+
 @pytest.mark.parametrize(
     ("shape", "chunk", "words"),
     [((2, 256, 8, 8), None, "expected that of one image"), ((1, 256, 8, 8), 0, "chunk_size must be at least 1")],

@@ -90,7 +90,7 @@ def test_point_grid() -> None:
     assert grid.tolist() == [[(x + 0.5) / 4, (y + 0.5) / 4] for y in range(4) for x in range(4)]
 
 
-@pytest.mark.parametrize(("height", "width"), [(100, 100), (61, 240), (333, 47)])
+@pytest.mark.parametrize(("height", "width"), [(100, 100), (61, 240), (333, 47), (134, 134), (129, 129)])
 def test_crops_cover_the_image_and_overlap(height: int, width: int) -> None:
     boxes = crop_boxes_of_layers(height, width, 2, 0.3)
     assert boxes[0] == [0, 0, width, height] and len(boxes) == 1 + 4 + 16

@@ -153,7 +153,9 @@ def test_a_window_is_a_part_of_the_whole(size) -> None:
 
 def found(mask: np.ndarray, x: int = 0, y: int = 0) -> module._FoundMask:
     box = masks_to_boxes(torch.from_numpy(mask)[None])[0] + torch.tensor([x, y, x, y])
-    return module._FoundMask(mask, (x, y), box.tolist(), int(mask.sum()), 0.9, 0.9, [0.0, 0.0], 100)
+    x0, y0, x1, y1 = box.tolist()
+    window = mask[y0 - y : y1 + 1 - y, x0 - x : x1 + 1 - x]
+    return module._FoundMask(window, [x0, y0, x1, y1], int(mask.sum()), 0.9, 0.9, [0.0, 0.0], 100)
 
 
 def test_small_regions() -> None:
@@ -161,17 +163,17 @@ def test_small_regions() -> None:
     mask[2:14, 2:14] = True
     mask[4:6, 4:6] = False  # a hole of 4 pixels
     mask[8:12, 8:12] = False  # and one of 16
-    mask[17, 17:19] = True  # a speck of 2, whose corner touches another pixel
+    mask[17, 17:19] = True  # a speck of 3 with the pixel that touches its corner
     mask[16, 16] = True
     clean = module._without_small_regions(found(mask), (20, 20), 4, 3)
-    assert clean.window[4:6, 4:6].all() and not clean.window[8:12, 8:12].any() and not clean.window[15:].any()
-    assert clean.changed and clean.box == [2, 2, 13, 13] and clean.area == 144 - 16
+    assert clean.changed and clean.box == [2, 2, 13, 13] and clean.area == 144 - 16 == clean.window.sum()
+    assert clean.window[2:4, 2:4].all() and not clean.window[6:10, 6:10].any()
     untouched = module._without_small_regions(found(mask), (20, 20), 3, 2)
-    assert not untouched.changed and untouched.window is not None and untouched.area == mask.sum()
+    assert not untouched.changed and untouched.area == mask.sum()
     only_specks = np.zeros((20, 20), bool)
     only_specks[3, 3:5] = only_specks[9, 9] = True
     kept = module._without_small_regions(found(only_specks), (20, 20), 0, 50)
-    assert kept.window[3, 3:5].all() and kept.area == 2
+    assert kept.box == [3, 3, 4, 3] and kept.area == 2
 
 
 def test_a_gap_at_the_edge_of_a_window_is_a_hole_only_where_the_image_ends() -> None:
@@ -181,6 +183,82 @@ def test_a_gap_at_the_edge_of_a_window_is_a_hole_only_where_the_image_ends() -> 
     assert not inside.changed
     corner = module._without_small_regions(found(mask), (100, 100), 5, 0)
     assert corner.window[0, 0] and not corner.window[5, 5]
+
+
+def test_masks_that_changed_give_way() -> None:
+    """Unchanged masks keep their threshold; smaller crops come first; of two alike the unchanged one stays."""
+
+    def at(box: list[int], score: float, crop_area: int = 100, changed: bool = False) -> module._FoundMask:
+        return module._FoundMask(None, box, 1, score, 1.0, [0.0, 0.0], crop_area, changed)
+
+    near = [at([0, 0, 100, 100], 0.5), at([0, 0, 100, 80], 0.9), at([0, 0, 100, 100], 0.8, crop_area=50)]
+    by_crop = module._suppress(near, 0.7, lambda mask: (mask.crop_area, -mask.score))
+    assert [(mask.score, mask.crop_area) for mask in by_crop] == [(0.8, 50)]
+    alike = [at([0, 0, 100, 100], 0.9, changed=True), at([0, 0, 100, 99], 0.2)]
+    kept = module._suppress(alike, 0.7, lambda mask: (mask.changed, -mask.score))
+    assert [mask.score for mask in kept] == [0.2]
+
+
+class _OneAnswer(torch.nn.Module):
+    """A model whose every prompt has the same masks, given as low-resolution logits (M, h, w)."""
+
+    def __init__(self, logits: torch.Tensor, scores: list[float]):
+        super().__init__()
+        self.logits, self.scores = logits, torch.tensor(scores)
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.config = EfficientSamConfig()
+
+    def get_image_embeddings(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(len(pixels), 1, *(side // 4 for side in self.logits.shape[1:]))
+
+    def decode_prompts(self) -> None:
+        raise NotImplementedError
+
+
+def generate_from(logits: torch.Tensor, scores: list[float], size: tuple[int, int], monkeypatch, **options) -> dict:
+    """What the generator makes of given logits, for one point."""
+    model = _OneAnswer(logits, scores)
+    masks = torch.cat([logits[:1], logits])
+    answer = lambda points, labels: (  # noqa: E731
+        masks.expand(len(points), -1, -1, -1), torch.cat([model.scores[:1], model.scores]).expand(len(points), -1)
+    )  # fmt: skip
+    monkeypatch.setattr(module, "EfficientSamFastDecoder", lambda *a: answer)
+    generator = EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=1024), points_per_crop=1)
+    return generator(Image.new("RGB", size), **{"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, **options})
+
+
+def test_a_speck_that_vanishes_makes_no_box(monkeypatch) -> None:
+    """A single weak cell is nothing at full size: a mask with one must not be suppressed as if it were there."""
+    square = torch.full((256, 256), -6.0)
+    square[20:120, 20:120] = 6.0
+    large, speck = square.clone(), square.clone()
+    large[20:201, 20:201] = 6.0
+    speck[200, 200] = 0.1
+    result = generate_from(torch.stack([large, speck]), [0.9, 0.8], (1024, 1024), monkeypatch)
+    assert result["scores"].tolist() == pytest.approx([0.9, 0.8])
+    assert result["boxes"][1].tolist()[2] < 490
+
+
+@pytest.mark.parametrize("radius", [1.2, 1.8, 2.5, 4.0])
+def test_small_objects_pass_the_filter_at_low_resolution(radius: float, monkeypatch) -> None:
+    rows, columns = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        y, x = 60 + 100 * torch.rand(2, generator=generator)
+        logits = ((radius - ((rows - y) ** 2 + (columns - x) ** 2).sqrt()) * 8).clamp(-12, 12)
+        exact = EfficientSamImageProcessor(size=1024).post_process_masks(logits[None, None, None], [(1024, 1024)])
+        full = EfficientSamImageProcessor(size=1024).post_process_masks(
+            logits[None, None, None], [(1024, 1024)], binarize=False
+        )[0][0]
+        stability = float(module.stability_scores(full, 0.0, 1.0)[0])
+        result = generate_from(logits[None], [0.9], (1024, 1024), monkeypatch, stability_score_thresh=stability - 1e-3)
+        assert len(result["masks"]) == 1 and iou(result["masks"][0], exact[0][0, 0].numpy()) > 0.999
+
+
+def test_equal_scores_do_not_fill_the_memory(monkeypatch) -> None:
+    monkeypatch.setattr(module, "MASKS_HELD", 5)
+    held = module._drop_logits([torch.zeros(1)] * 40, torch.full((40,), 0.5))
+    assert sum(logits is not None for logits in held) == 5 and held[0] is not None
 
 
 def test_cleaned_masks_have_no_small_regions(generator, picture) -> None:
@@ -209,11 +287,18 @@ def test_pictures_of_every_kind(generator, picture, tmp_path: Path) -> None:
     assert len(several) == 2 and all(iou(a, b) > 0.99 for a, b in zip(several[0]["masks"], expected["masks"]))
 
 
+@pytest.mark.parametrize("thresholds", [0.0, 0.99])
 @pytest.mark.parametrize("size", [(1, 1), (1, 2000), (2000, 1), (64, 64)])
-def test_pictures_without_anything_on_them(generator, size) -> None:
-    result = generator(Image.new("RGB", size), pred_iou_thresh=0.99, stability_score_thresh=0.99)
+def test_pictures_without_anything_on_them(generator, size, thresholds: float) -> None:
+    result = generator(
+        Image.new("RGB", size),
+        points_per_crop=3,
+        pred_iou_thresh=thresholds,
+        stability_score_thresh=thresholds,
+        max_hole_area=2,
+    )
     assert result["boxes"].shape == (len(result["masks"]), 4) and result["points"].shape == (len(result["masks"]), 2)
-    if size == (64, 64):
+    if thresholds:
         assert result["masks"] == [] and len(result["scores"]) == 0
 
 
@@ -234,11 +319,14 @@ def test_damaged_and_deep_pictures(generator, tmp_path: Path, picture) -> None:
     [
         ({"points_per_crop": 0}, ValueError, "points_per_crop must be a whole number of at least 1, got 0"),
         ({"points_per_batch": 0}, ValueError, "points_per_batch"),
-        ({"pred_iou_thresh": 1.5}, ValueError, "pred_iou_thresh must be from 0 to 1, got 1.5"),
+        ({"pred_iou_thresh": 1.5}, ValueError, "pred_iou_thresh must be a number from 0 to 1, got 1.5"),
         ({"stability_score_thresh": -0.1}, ValueError, "stability_score_thresh"),
         ({"crops_nms_thresh": 7}, ValueError, "crops_nms_thresh"),
         ({"crops_n_layers": -1}, ValueError, "crops_n_layers"),
-        ({"crops_n_layers": 5}, ValueError, "crops_n_layers 5 cuts each side of an image of 230 x 150"),
+        ({"crops_n_layers": 4}, ValueError, "crops_n_layers 4 makes crops of .* pixels of an image of 230 x 150"),
+        ({"pred_iou_thresh": None}, ValueError, "pred_iou_thresh must be a number from 0 to 1, got None"),
+        ({"pred_iou_thresh": "0.5"}, ValueError, "pred_iou_thresh must be a number from 0 to 1, got '0.5'"),
+        ({"mask_threshold": float("nan")}, ValueError, "mask_threshold must be a number, got nan"),
         ({"crop_overlap_ratio": 1.0}, ValueError, "crop_overlap_ratio"),
         ({"max_hole_area": -1}, ValueError, "max_hole_area"),
         ({"output_type": "png"}, ValueError, "output_type must be one of bool, rle, coco_rle, got 'png'"),
@@ -249,6 +337,28 @@ def test_damaged_and_deep_pictures(generator, tmp_path: Path, picture) -> None:
 def test_wrong_options(generator, picture, options, error, words: str) -> None:
     with pytest.raises(error, match=words):
         generator(picture, **options)
+
+
+def test_what_the_stock_pipeline_takes_is_taken(generator, picture) -> None:
+    expected = generator(picture)
+    stock = {"points_per_batch": None, "max_hole_area": None, "max_sprinkle_area": None, "box_nms_thresh": None}
+    result = generator(picture, **stock, points_per_crop=np.int64(6))
+    assert len(result["masks"]) == len(expected["masks"])
+
+
+def test_the_threshold_within_a_crop(generator, picture) -> None:
+    loose, strict = (generator(picture, box_nms_thresh=value) for value in (0.95, 0.2))
+    assert len(strict["masks"]) < len(generator(picture)["masks"]) < len(loose["masks"])
+    boxes = strict["boxes"]
+    overlaps = module.box_iou(boxes, boxes).fill_diagonal_(0)
+    assert overlaps.max() <= 0.2
+
+
+def test_other_models_and_oblong_sizes(model) -> None:
+    with pytest.raises(TypeError, match="for EfficientSAM models, got a Linear"):
+        EfficientSamMaskGenerator(torch.nn.Linear(1, 1), EfficientSamImageProcessor(size=64))
+    with pytest.raises(ValueError, match="must be square"):
+        EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size={"height": 64, "width": 128}))
 
 
 def test_options_of_the_checkpoint_and_of_the_caller(model, tmp_path: Path) -> None:

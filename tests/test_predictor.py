@@ -46,6 +46,14 @@ def test_an_answer_as_the_next_prompt(predictor) -> None:
     assert logits.dtype == np.float32 and logits.shape == (3, 300, 451) and logits.min() < 0 < logits.max()
 
 
+def test_channels_in_the_order_of_opencv(predictor, photo) -> None:
+    other = EfficientSamPredictor(predictor.model, predictor.processor)
+    other.set_image(np.asarray(photo)[..., ::-1], image_format="BGR")
+    assert torch.equal(other.image_embedding, predictor.image_embedding)
+    with pytest.raises(ValueError, match="image_format must be RGB or BGR"):
+        other.set_image(photo, image_format="HSV")
+
+
 def test_wrong_calls(predictor, photo) -> None:
     with pytest.raises(ValueError, match="outside the image of 451 x 300"):
         predictor.predict([[600, 10]])

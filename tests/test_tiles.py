@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from efficientsam_hf import tiles
 from efficientsam_hf.models.rle_efficientsam import (
     decode_rle,
     encode_rle,
@@ -78,18 +79,47 @@ def test_an_object_over_the_whole_image() -> None:
     assert result["tiles"].tolist() == [len(tile_starts(200, 128, 16)) * len(tile_starts(300, 128, 16))]
 
 
-def test_neighbours_that_differ_in_the_strip_stay_apart() -> None:
-    def one_object_per_tile(image: np.ndarray, **options: Any) -> dict[str, Any]:
-        mask = np.zeros(image.shape[:2], bool)
-        mask[:, : 20 if image[0, 0, 0] else 100] = True  # left of the seam, or only its first columns
-        return {"masks": [mask], "scores": torch.tensor([0.5])}
+def columns_of_each_tile(widths: list[list[slice]]):
+    """A generator that answers each tile with the columns given for it, in order."""
+    answers = iter(widths)
 
-    image = np.zeros((64, 100, 3), np.uint8)
-    image[:, 36] = 1  # the first column of the second tile
-    result = segment_tiles(one_object_per_tile, image, tile=64, overlap=28)
-    assert len(result["masks"]) == 1  # 20 of 28 shared columns: one object
-    result = segment_tiles(one_object_per_tile, np.repeat(image, 1, 0)[:, :, :], tile=64, overlap=28)
-    assert result["areas"].tolist() == [64 * 64]
+    def generate(image: np.ndarray, **options: Any) -> dict[str, Any]:
+        masks = []
+        for columns in next(answers):
+            mask = np.zeros(image.shape[:2], bool)
+            mask[:, columns] = True
+            masks.append(mask)
+        return {"masks": masks, "scores": torch.linspace(0.9, 0.5, len(masks))}
+
+    return generate
+
+
+def test_neighbours_that_differ_in_the_strip_stay_apart() -> None:
+    image = np.zeros((64, 100, 3), np.uint8)  # tiles begin at 0 and 36 and share 28 columns
+    apart = segment_tiles(columns_of_each_tile([[slice(0, 45)], [slice(20, 64)]]), image, tile=64, overlap=28)
+    assert sorted(apart["areas"].tolist()) == [64 * 44, 64 * 45] and apart["tiles"].tolist() == [1, 1]
+    joined = segment_tiles(columns_of_each_tile([[slice(0, 64)], [slice(0, 20)]]), image, tile=64, overlap=28)
+    assert joined["areas"].tolist() == [64 * 64] and joined["tiles"].tolist() == [2]
+
+
+def test_masks_of_one_tile_are_never_joined() -> None:
+    """Left and right half of the first tile both meet the whole of the second, over the tiles below."""
+    image = np.zeros((100, 100, 3), np.uint8)
+    halves = [slice(0, 50), slice(50, 64)]
+    result = segment_tiles(columns_of_each_tile([halves, [slice(14, 64)], halves, [slice(0, 64)]]), image, 64, 28)
+    whole = [decode_rle(mask) for mask in result["masks"]]
+    assert all(not (mask[0, 0] and mask[0, 60]) for mask in whole)
+
+
+@pytest.mark.parametrize("count", [2, 6])
+def test_memory_holds_strips_alone(count: int, monkeypatch) -> None:
+    """What stays of a row of tiles does not grow with the tiles' area."""
+    kept = []
+    part = tiles._Tile.part
+    monkeypatch.setattr(tiles._Tile, "part", lambda self, **k: kept.append(part(self, **k)) or kept[-1])
+    image, _ = scene(300, 128 * count, objects=10)
+    segment_tiles(flat_regions, image, tile=128, overlap=16)
+    assert kept and all(mask.size <= 128 * 64 and mask.base is None for tile in kept for mask in tile.masks)
 
 
 def test_nothing_on_the_image() -> None:

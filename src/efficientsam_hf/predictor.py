@@ -21,8 +21,16 @@ class EfficientSamPredictor:
         self.original_size: tuple[int, int] | None = None
 
     @torch.no_grad()
-    def set_image(self, image: Any) -> None:
-        """Encode an image: anything that the processor takes, such as a path, a PIL image or (H, W, 3) uint8."""
+    def set_image(self, image: Any, image_format: str = "RGB") -> None:
+        """Encode an image: anything that the processor takes, such as a path, a PIL image or (H, W, 3) uint8.
+
+        With `image_format` "BGR" an array's channels are in OpenCV's order. Raises ValueError for another format.
+        """
+        if image_format not in ("RGB", "BGR"):
+            raise ValueError(f"image_format must be RGB or BGR, got {image_format!r}")
+        if image_format == "BGR":
+            image = np.asarray(image)[..., ::-1]
+        self.reset_image()
         inputs = self.processor.image_processor(images=image, return_tensors="pt")
         if len(inputs["pixel_values"]) != 1:
             raise ValueError(f"image holds {len(inputs['pixel_values'])} images, expected one")

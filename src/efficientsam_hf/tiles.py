@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from .models.rle_efficientsam import compress_counts, rle_counts, runs_to_counts, window_to_runs
@@ -34,7 +35,8 @@ def segment_tiles(
 
     Args:
         generator: an `EfficientSamMaskGenerator`, or what is called and answers like one.
-        image: (H, W, 3) uint8; an array, or anything with a shape whose slices are arrays (a memory map, zarr, tiff).
+        image: (H, W, 3) uint8; a PIL image, an array, or anything with a shape whose slices are arrays (a memory map,
+            zarr, tiff).
         tile: side of the tiles in pixels.
         overlap: pixels that neighbouring tiles share at least; an eighth of the tile when left out. Objects that cross
             a seam are joined by what lies in it.
@@ -50,19 +52,17 @@ def segment_tiles(
         ValueError: if the image is not (H, W, 3), or tile and overlap do not fit each other.
     """
     overlap = tile // 8 if overlap is None else overlap
+    check_tiles(tile, overlap)
+    image = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
     if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image has shape {tuple(image.shape)}, expected (H, W, 3)")
-    if tile < SMALLEST_TILE or not 0 < overlap <= tile // 2:
-        raise ValueError(
-            f"tile must be at least {SMALLEST_TILE} pixels and its overlap from 1 to half of it, got {tile}, {overlap}"
-        )
     size = (int(image.shape[0]), int(image.shape[1]))
     options = {**options, "output_type": "bool", "output_rle_mask": False, "output_bboxes_mask": False}
     tops, lefts = tile_starts(size[0], tile, overlap), tile_starts(size[1], tile, overlap)
     parts = _Parts(size)
     with tqdm(total=len(tops) * len(lefts), disable=not progress, unit="tile") as bar:
         above: list[_Tile | None] = [None] * len(lefts)
-        for top in tops:
+        for row, top in enumerate(tops):
             before: _Tile | None = None
             for column, left in enumerate(lefts):
                 pixels = np.ascontiguousarray(image[top : top + tile, left : left + tile])
@@ -73,9 +73,19 @@ def segment_tiles(
                 for other in (before, above[column]):
                     if other is not None:
                         parts.join(current.partners(other))
-                before = above[column] = current
+                # Of a tile only what the next ones see stays.
+                before = current.part(from_x=lefts[column + 1]) if column + 1 < len(lefts) else None
+                above[column] = current.part(from_y=tops[row + 1]) if row + 1 < len(tops) else None
                 bar.update()
     return parts.result()
+
+
+def check_tiles(tile: int, overlap: int) -> None:
+    """ValueError if tiles are too small or do not leave each other enough room."""
+    if tile < SMALLEST_TILE or not 0 < overlap <= tile // 2:
+        raise ValueError(
+            f"tile must be at least {SMALLEST_TILE} pixels and its overlap from 1 to half of it, got {tile}, {overlap}"
+        )
 
 
 def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -114,6 +124,12 @@ class _Tile:
     masks: list[np.ndarray]
     numbers: list[int]
 
+    def part(self, from_x: int = 0, from_y: int = 0) -> "_Tile":
+        """A copy of what lies right of and below a place in the image."""
+        left, top = max(self.left, from_x), max(self.top, from_y)
+        masks = [mask[top - self.top :, left - self.left :].copy() for mask in self.masks]
+        return _Tile(left, top, self.left + self.width - left, self.top + self.height - top, masks, self.numbers)
+
     def partners(self, other: "_Tile") -> list[tuple[int, int]]:
         """Numbers of masks of both tiles that are each other's best partner in the shared strip."""
         x0, y0 = max(self.left, other.left), max(self.top, other.top)
@@ -147,6 +163,7 @@ class _Parts:
         self.runs: list[np.ndarray] = []
         self.scores: list[float] = []
         self.parents: list[int] = []
+        self.tiles: list[set[tuple[int, int]]] = []  # of a group, at its root: the tiles it has a part in
 
     def add(self, found: dict[str, Any], left: int, top: int) -> list[int]:
         """Take the masks of a tile; returns their numbers."""
@@ -154,12 +171,16 @@ class _Parts:
         self.runs += [window_to_runs(mask, (left, top), self.size) for mask in found["masks"]]
         self.scores += found["scores"].tolist()
         self.parents += range(first, len(self.runs))
+        self.tiles += [{(left, top)} for _ in found["masks"]]
         return list(range(first, len(self.runs)))
 
     def join(self, pairs: list[tuple[int, int]]) -> None:
-        """Make each pair one object."""
+        """Make each pair one object, unless that would join two masks of one tile, which its generator kept apart."""
         for one, other in pairs:
-            self.parents[self._root(one)] = self._root(other)
+            first, second = self._root(one), self._root(other)
+            if first != second and self.tiles[first].isdisjoint(self.tiles[second]):
+                self.parents[first] = second
+                self.tiles[second] |= self.tiles[first]
 
     def _root(self, number: int) -> int:
         while self.parents[number] != number:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable, write_json, write_png
+from .everything import add_generator_options, generator_options
 from .loading import add_model_options, check_name, joined_processes, load_model, model_name
 
 
@@ -60,6 +61,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="ground-truth|B.json",
         help="measure mask AP of these boxes instead: the annotations' own, or a detector's as COCO results",
     )
+    group = parser.add_argument_group("everything", "mask AP of all that a grid of points finds, categories ignored")
+    group.add_argument("--everything", action="store_true", help="measure segment-everything instead")
+    add_generator_options(group)
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N pictures")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random clicks and of --scenes (0)")
     parser.add_argument("--prompt-chunk", type=int, default=32, metavar="N", help="prompts decoded at once (32)")
@@ -99,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
 def _evaluate(args: argparse.Namespace, write: bool) -> int:
     samples = _coco_samples(args) if args.annotations else None
     measure = partial(_average_precision, detections=_detections(args)) if args.boxes else _miou
+    measure = _everything if args.everything else measure
     results: list[Result] = []
     for name in args.models or [None]:
         model, processor = load_model(name, args)
@@ -115,7 +120,7 @@ def _evaluate(args: argparse.Namespace, write: bool) -> int:
     content: dict[str, Any] = results[0].record
     if len(results) > 1:
         content = {"models": [result.record for result in results]}
-    if len(results) > 1 and not args.boxes:
+    if len(results) > 1 and not args.boxes and not args.everything:
         content["differences"] = _differences(args.models, results)
     if args.output and write:
         write_json(Path(args.output), content)
@@ -146,6 +151,9 @@ def _check(args: argparse.Namespace) -> None:
         check_writable(Path(args.output).parent)
     if args.boxes and not args.annotations:
         raise ValueError("--boxes needs --annotations and --images")
+    generator_options(args)
+    if args.everything and (args.boxes or args.save_worst or not args.annotations):
+        raise ValueError("--everything needs --annotations and --images, and no --boxes or --save-worst")
 
 
 def _save_worst(folder: Path, count: int, scores: Any, model: Any, processor: Any, samples: Any) -> None:
@@ -174,6 +182,14 @@ def _average_precision(args: argparse.Namespace, model: Any, processor: Any, sam
         model, processor, samples, detections, limit=args.limit, prompt_chunk=args.prompt_chunk
     )
     return Result({"average_precision": numbers}, format_average_precision(numbers))
+
+
+def _everything(args: argparse.Namespace, model: Any, processor: Any, samples: Any) -> Result:
+    from ..evaluation import everything_average_precision
+
+    options = generator_options(args)
+    numbers = everything_average_precision(model, processor, samples, limit=args.limit, **options)
+    return Result({"average_precision": numbers, "options": options}, format_average_precision(numbers))
 
 
 def format_average_precision(numbers: dict[str, dict[str, float]]) -> str:
@@ -255,6 +271,8 @@ def _protocol(args: argparse.Namespace) -> dict[str, Any]:
     common = {"limit": args.limit, "resolution": "that of the picture", "masks_per_prompt": 3}
     if args.scenes:
         common |= {"scenes": args.scenes, "scene_size": args.scene_size}
+    if args.everything:
+        return {**common, "masks": "all of a grid of points, categories ignored", **generator_options(args)}
     if args.boxes:
         return {**common, "boxes": args.boxes, "mask": "each way of choosing by itself"}
     return {**common, "mask": "highest predicted IoU", "clicks": args.clicks, "seed": args.seed}

@@ -2,6 +2,8 @@
 """`efficientsam segment --everything`: all masks of a picture, from a grid of points."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from PIL import Image
 
 from ..files import check_writable, write_json, write_png
 from ..models.rle_efficientsam import decode_rle
-from ..visualization import draw_masks
+from ..visualization import draw_masks, object_color
 from .loading import load_model
 
 
+LARGEST_OVERLAY = 2048  # pixels of its longer side
+LARGEST_PICTURE = 2**30  # pixels in all
 # Option of the generator -> type and help; defaults are those of the checkpoint.
 OPTIONS = {
     "points_per_crop": (int, "points per side of the grid"),
@@ -30,20 +34,36 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Flags of `segment` that belong to --everything."""
     group = parser.add_argument_group("everything", "no prompts: a grid of points asks for all there is")
     group.add_argument("--everything", action="store_true", help="segment everything")
-    for name, (kind, text) in OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+    add_generator_options(group)
     group.add_argument(
         "--tile", type=int, metavar="PIXELS", help="go through a large picture in tiles of this side, and join masks"
     )
-    group.add_argument("--label-image", action="store_true", help="write labels.png: a 16-bit number for each pixel")
     group.add_argument("--tile-overlap", type=int, metavar="PIXELS", help="pixels that tiles share (an eighth)")
+    group.add_argument("--label-image", action="store_true", help="write labels.png: a 16-bit number for each pixel")
+
+
+def add_generator_options(group: argparse._ArgumentGroup) -> None:
+    """A flag for each of OPTIONS."""
+    for name, (kind, text) in OPTIONS.items():
+        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N", help=text)
+
+
+def generator_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Those that were given; `ValueError` for a wrong value, or for any without --everything."""
+    from ..models.mask_generation_efficientsam import MaskGenerationOptions
+
+    given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    if given and not args.everything:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} is an option of --everything")
+    MaskGenerationOptions().with_changes(given)
+    return given
 
 
 def check(args: argparse.Namespace) -> None:
     """`ValueError` for prompts beside --everything, and for its options without it."""
-    given = [name for name in (*OPTIONS, "tile") if getattr(args, name) is not None]
-    if given and not args.everything:
-        raise ValueError(f"--{given[0].replace('_', '-')} is an option of --everything")
+    generator_options(args)
+    if args.tile is not None and not args.everything:
+        raise ValueError("--tile is an option of --everything")
     if args.label_image and not args.everything:
         raise ValueError("--label-image is an option of --everything")
     if args.tile_overlap is not None and args.tile is None:
@@ -54,25 +74,42 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--all-masks is for prompts: --everything keeps every mask that is good")
 
 
+@contextmanager
+def large_pictures(args: argparse.Namespace) -> Iterator[None]:
+    """With --tile, pictures of up to LARGEST_PICTURE pixels are no attack but the purpose."""
+    before = Image.MAX_IMAGE_PIXELS
+    if args.tile is not None:
+        Image.MAX_IMAGE_PIXELS = LARGEST_PICTURE
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
 def run(args: argparse.Namespace, image: Image.Image) -> int:
     """Segment, write overlay.png and masks.json, print what came out."""
     from .. import EfficientSamMaskGenerator
-    from ..models.mask_generation_efficientsam import MaskGenerationOptions
-    from ..tiles import label_image, segment_tiles
+    from ..tiles import check_tiles, label_image, segment_tiles
 
     folder = Path(args.output)
     check_writable(folder)
-    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    MaskGenerationOptions().with_changes(options)
+    options = generator_options(args)
+    overlap = args.tile // 8 if args.tile and args.tile_overlap is None else args.tile_overlap
+    if args.tile is not None:
+        check_tiles(args.tile, overlap)
     model, processor = load_model(args.model, args)
+    if not hasattr(model, "decode_prompts"):
+        raise ValueError(f"--everything is for EfficientSAM models, {args.model} holds a {type(model).__name__}")
     generator = EfficientSamMaskGenerator(model, processor, **options, output_type="coco_rle")
     if args.tile is None:
         result = generator(image)
     else:
-        result = segment_tiles(generator, np.asarray(image), args.tile, args.tile_overlap, progress=True)
+        result = segment_tiles(generator, image, args.tile, overlap, progress=True)
     records = _records(result)
     write_json(folder / "masks.json", {"image": args.image, "size": [image.height, image.width], "objects": records})
-    write_png(folder / "overlay.png", _overlay(image, result["masks"]))
+    write_png(folder / "overlay.png", _overlay(image, result["masks"], result["areas"].tolist()))
+    if args.label_image and len(records) >= 2**16:
+        raise ValueError(f"--label-image has room for {2**16 - 1} masks, but there are {len(records)} in masks.json")
     if args.label_image:
         labels = label_image(result["masks"], (image.height, image.width))
         write_png(folder / "labels.png", Image.fromarray(labels.astype(np.uint16)))
@@ -93,21 +130,20 @@ def _records(result: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
-def _overlay(image: Image.Image, masks: list[dict[str, Any]]) -> Image.Image:
+def _overlay(image: Image.Image, masks: list[dict[str, Any]], areas: list[int]) -> Image.Image:
     """The masks on the picture, the largest at the bottom."""
     largest = max(image.size)
-    if largest > 2048:  # a picture to look at
-        scale = 2048 / largest
-        image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX)
+    if largest > LARGEST_OVERLAY:  # a picture to look at
+        scale = LARGEST_OVERLAY / largest
+        size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BOX)
     rows = (np.arange(image.height) + 0.5) / image.height
     columns = (np.arange(image.width) + 0.5) / image.width
-    shown = []
-    for rle in masks:
-        mask = decode_rle(rle)
-        height, width = mask.shape
-        shown.append(mask[np.ix_((rows * height).astype(int), (columns * width).astype(int))])
-    shown.sort(key=lambda mask: -np.count_nonzero(mask))
-    return draw_masks(image, np.stack(shown)) if shown else image
+    for index in sorted(range(len(masks)), key=lambda i: -areas[i]):
+        mask = decode_rle(masks[index])
+        shown = mask[np.ix_((rows * mask.shape[0]).astype(int), (columns * mask.shape[1]).astype(int))]
+        image = draw_masks(image, shown[None], [object_color(index)])
+    return image
 
 
 def _summary(result: dict[str, Any], image: Image.Image) -> str:

@@ -100,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, load the model, segment, write, print a table."""
     everything.check(args)
     if args.everything:
-        return everything.run(args, read_image(args.image))
+        with everything.large_pictures(args):
+            image = read_image(args.image)
+        return everything.run(args, image)
     objects = group_prompts(args.point, args.background, args.box, args.mask is not None, args.each_point)
     image = read_image(args.image)
     check_inside(objects, image.size)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a promptable model is worth on annotated pictures: mIoU by prompt, and mask AP of boxes."""
 
-from .average_precision import average_precision, read_detections
+from .average_precision import average_precision, everything_average_precision, read_detections
 from .miou import PROTOCOLS, ObjectScores, evaluate, score_objects, worst_pictures
 
 
@@ -10,6 +10,7 @@ __all__ = [
     "ObjectScores",
     "average_precision",
     "evaluate",
+    "everything_average_precision",
     "read_detections",
     "score_objects",
     "worst_pictures",

@@ -5,7 +5,7 @@ import contextlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,42 @@ def average_precision(
     return collect([_measure_all(truth, results)] if is_main() else [])[0]  # once, and heard by all
 
 
+def everything_average_precision(
+    model: torch.nn.Module,
+    processor: Any,
+    samples: CocoSamples,
+    device: str | torch.device | None = None,
+    limit: int | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> dict[str, dict[str, float]]:
+    """Mask AP of segment-everything against all annotated objects, whatever their category.
+
+    `options` are those of `EfficientSamMaskGenerator`; a mask's score is its predicted IoU. As everywhere in the COCO
+    API the 100 best masks of a picture count. What is not annotated counts as wrong, so numbers say something only
+    where every object is annotated. Returns {"everything": {"AP", ...}}; otherwise as `average_precision`.
+    """
+    from ..models.mask_generation_efficientsam import EfficientSamMaskGenerator
+
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}")
+    truth = samples.complete_annotations(limit)
+    truth["annotations"] = [{**entry, "category_id": 1} for entry in truth["annotations"]]
+    truth["categories"] = [{"id": 1, "name": "object"}]
+    results: list[tuple[str, dict[str, Any]]] = []
+    with evaluating(model, device):
+        generator = EfficientSamMaskGenerator(model, processor, **options, output_type="coco_rle")
+        share = own_share(len(truth["images"]))
+        for number in tqdm(share, desc="AP", unit="image", disable=not (progress and is_main())):
+            record = truth["images"][number]
+            found = generator(samples.open_picture(record))
+            for rle, score in zip(found["masks"], found["scores"].tolist()):
+                entry = {"image_id": record["id"], "category_id": 1, "score": score, "segmentation": rle}
+                results.append(("everything", entry))
+    results = collect(results)
+    return collect([_measure_all(truth, results, ("everything",))] if is_main() else [])[0]
+
+
 def read_detections(path: str | Path) -> list[dict[str, Any]]:
     """Read a COCO results file of boxes; `FileNotFoundError`, or `ValueError` that names the first bad entry."""
     path = Path(path)
@@ -126,14 +162,16 @@ def _filled(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return inside_y[:, :, None] & inside_x[:, None]
 
 
-def _measure_all(truth: dict[str, Any], results: list[tuple[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
+def _measure_all(
+    truth: dict[str, Any], results: list[tuple[str, dict[str, Any]]], choices: Sequence[str] = CHOICES
+) -> dict[str, dict[str, float]]:
     from pycocotools.coco import COCO
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        return {choice: _measure(coco, [entry for by, entry in results if by == choice]) for choice in CHOICES}
+        return {choice: _measure(coco, [entry for by, entry in results if by == choice]) for choice in choices}
 
 
 def _measure(coco: Any, results: list[dict[str, Any]]) -> dict[str, float]:

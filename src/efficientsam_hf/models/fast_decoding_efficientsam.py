@@ -20,7 +20,8 @@ class EfficientSamFastDecoder:
     """Decodes prompts on one image: the same masks and scores as `EfficientSamModel.decode_prompts`.
 
     `image_embeddings` (1, C, h, w) is what `get_image_embeddings` of the model gives. `chunk_size` prompts are decoded
-    at once; what they need then lies in the cache of a CPU.
+    at once; what they need then lies in the cache of a CPU. A decoder whose layers are not plain ones (adapters,
+    quantised or offloaded weights) decodes by `decode_prompts`.
     """
 
     def __init__(self, model: EfficientSamModel, image_embeddings: torch.Tensor, chunk_size: int | None = None):
@@ -33,7 +34,9 @@ class EfficientSamFastDecoder:
         self.model = model
         self.embeddings = image_embeddings
         self.chunk_size = chunk_size or (4 if image_embeddings.device.type == "cpu" else 64)
-        self._prepare()
+        self.is_plain = _has_plain_layers(model.mask_decoder)
+        if self.is_plain:
+            self._prepare()
 
     @torch.no_grad()
     def _prepare(self) -> None:
@@ -69,6 +72,8 @@ class EfficientSamFastDecoder:
         errors are raised.
         """
         prompts = [None if p is None else p.unsqueeze(0) for p in (input_points, input_labels, input_boxes)]
+        if not self.is_plain:
+            return self._decode_plainly(prompts)
         prompts[1] = self.model._check_prompts(self.embeddings, *prompts, None)
         patch = self.model.config.vision_config.patch_size
         size = (self.grid_size[0] * patch, self.grid_size[1] * patch)
@@ -81,6 +86,14 @@ class EfficientSamFastDecoder:
             for i in chunks
         ]
         return torch.cat([masks for masks, _ in pieces]), torch.cat([scores for _, scores in pieces])
+
+    def _decode_plainly(self, prompts: list[torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """By the model's own method."""
+        pieces = []
+        for start in range(0, next(p for p in prompts if p is not None).shape[1], self.chunk_size):
+            part = [None if p is None else p[:, start : start + self.chunk_size] for p in prompts]
+            pieces.append(self.model.decode_prompts(self.embeddings, *part))
+        return torch.cat([masks[0] for masks, _, _ in pieces]), torch.cat([scores[0] for _, scores, _ in pieces])
 
     def _decode(self, prompt_tokens: torch.Tensor, prompt_mask: torch.Tensor | None):
         decoder = self.model.mask_decoder
@@ -142,6 +155,19 @@ class EfficientSamFastDecoder:
         return decoder.activation(_children(features, decoder.upscale_conv2)).flatten(1, 2)
 
 
+def _has_plain_layers(decoder: nn.Module) -> bool:
+    """Whether the weights of all projections are at hand as they are."""
+    layers = [
+        getattr(module, name)
+        for module in decoder.modules()
+        if isinstance(module, EfficientSamAttention)
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj")
+    ]
+    layers += [decoder.upscale_conv1, decoder.upscale_conv2]
+    plain = all(type(layer) in (nn.Linear, nn.ConvTranspose2d) for layer in layers)
+    return plain and all(layer.weight.is_floating_point() and layer.weight.device.type != "meta" for layer in layers)
+
+
 def _heads(states: torch.Tensor, attention: EfficientSamAttention) -> torch.Tensor:
     """(Q, L, H * d) -> (Q, H, L, d)"""
     return states.unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
@@ -154,7 +180,8 @@ def _head_weights(layer: nn.Linear, heads: int) -> torch.Tensor:
 
 def _softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
     """Softmax whose smallest values are zero: with denormal numbers CPUs multiply thirty times more slowly."""
-    return F.threshold(scores.softmax(dim), 1e-30, 0.0, inplace=True)
+    weights = scores.softmax(dim)
+    return F.threshold(weights, 1e-30, 0.0, inplace=True) if weights.device.type == "cpu" else weights
 
 
 def _self_attention(attention: EfficientSamAttention, tokens: torch.Tensor, hidden: torch.Tensor | None):

@@ -18,11 +18,11 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .mask_generation_efficientsam import (
     crop_boxes_of_layers,
+    grid_side,
     masks_to_boxes,
     near_crop_edge,
     non_maximum_suppression,
     point_grid,
-    points_per_side,
     stability_scores,
 )
 from .rle_efficientsam import decode_rle, mask_to_counts
@@ -228,7 +228,8 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         columns = _resize_weights(logits.shape[1], size[1], logits.device)[x0:x1]
         rows = _resize_weights(logits.shape[0], size[0], logits.device)[y0:y1]
         near_x, near_y = (slice(max(0, cells[axis] - 4), cells[axis + 2] + 5) for axis in (0, 1))
-        window = rows[:, near_y] @ logits[near_y, near_x].float() @ columns[:, near_x].T
+        with torch.autocast(logits.device.type, enabled=False):
+            window = rows[:, near_y] @ logits[near_y, near_x].float() @ columns[:, near_x].T
         return window, (x0, y0)
 
     def generate_crop_boxes(
@@ -261,9 +262,9 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         crops = [tensor[:, y0:y1, x0:x1] for x0, y0, x1, y1 in boxes]
         grids = []
         for index in range(len(boxes)):
-            per_side = points_per_side(index, points_per_crop, crop_n_points_downscale_factor)
+            side = grid_side(index, points_per_crop, crop_n_points_downscale_factor)
             # The model reads coordinates as pixel centres, half a pixel from those of the unit square.
-            grid = point_grid(per_side) * target_size - 0.5
+            grid = point_grid(side) * target_size - 0.5
             grids.append(torch.cat([grid, grid[-1:].expand(points_per_crop**2 - len(grid), 2)]))
         points = torch.stack(grids, dim=1)[None].to(device)
         labels = torch.ones(points.shape[:3], dtype=torch.long, device=device)
@@ -413,7 +414,8 @@ def _pixels_of(first: int, last: int, cells: int, pixels: int) -> tuple[int, int
     """Range of pixels whose centres are not more than two cells away from cells `first` to `last`."""
     scale = pixels / cells
     start, end = math.ceil((first - 1.5) * scale - 0.5), math.floor((last + 2.5) * scale - 0.5)
-    return max(0, start), min(pixels, end + 1)
+    start = max(0, min(start, pixels - 1))  # at least one pixel, however few there are
+    return start, max(start + 1, min(pixels, end + 1))
 
 
 @lru_cache(maxsize=16)

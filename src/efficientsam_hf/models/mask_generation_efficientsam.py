@@ -13,26 +13,28 @@ whole image as each docstring says; cells are the pixels of low-resolution logit
 
 import dataclasses
 import math
-from collections.abc import Iterator
+import numbers
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import MaskGenerationPipeline
 from transformers.image_utils import load_image
 
 from .fast_decoding_efficientsam import EfficientSamFastDecoder
-from .rle_efficientsam import compress_counts, runs_to_counts, window_to_runs
+from .rle_efficientsam import compress_counts, decode_rle, runs_to_counts, window_to_runs
 
 
 IMAGES_AT_ONCE = 8  # crops that the encoder takes in one batch
 MASKS_HELD = 512  # candidates whose logits are kept; those of lower score are decoded again when their turn comes
 MASKS_AT_ONCE = 16  # candidates that are looked at before the next ones are suppressed
-STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack
-SMALLEST_CROP = 8  # pixels
+STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack, where a mask has at least
+STABILITY_CELLS = 64  # so many cells; that of smaller ones says too little
+SMALLEST_CROP = 64  # pixels; masks within 20 of an inner edge are dropped
 OUTPUT_TYPES = ("bool", "rle", "coco_rle")
 SORTS = ("score", "area")
 
@@ -43,7 +45,8 @@ class MaskGenerationOptions:
 
     Args:
         points_per_crop: points per side of the grid on the whole image.
-        points_per_batch: prompts that are decoded before their masks are filtered; no result depends on it.
+        points_per_batch: prompts that are decoded before their masks are filtered, None for all; beyond rounding no
+            result depends on it.
         pred_iou_thresh, stability_score_thresh: lower limits of a mask's predicted IoU and stability; 0 for none.
         stability_score_offset: how far the stability score moves the cut, in logits.
         mask_threshold: logits above it belong to the mask.
@@ -52,15 +55,17 @@ class MaskGenerationOptions:
         crop_n_points_downscale_factor: divides points_per_crop once more in every layer.
         crops_nms_thresh: box IoU above which the better mask suppresses the other: those of smaller crops come first,
             then those of higher score.
-        box_nms_thresh: the same within each crop; crops_nms_thresh when left out.
-        max_hole_area, max_sprinkle_area: holes and specks of up to so many pixels of the image are filled and removed.
+        box_nms_thresh: the same within each crop, by score; crops_nms_thresh when left out.
+        max_hole_area, max_sprinkle_area: holes and specks of up to so many pixels of the image are filled and removed
+            (needs scipy); masks that change by that give way to those that do not, above the larger of the two
+            thresholds.
         output_type: "bool" for (H, W) arrays, "rle" or "coco_rle" for uncompressed or compressed run lengths alone.
         output_rle_mask, output_bboxes_mask: add "rle_mask" and "bounding_boxes" to the result, as the stock pipeline.
         sort_by: "score" or "area", the highest first.
     """
 
     points_per_crop: int = 32
-    points_per_batch: int = 64
+    points_per_batch: int | None = 64
     pred_iou_thresh: float = 0.88
     stability_score_thresh: float = 0.95
     stability_score_offset: float = 1.0
@@ -70,30 +75,38 @@ class MaskGenerationOptions:
     crop_n_points_downscale_factor: float = 1
     crops_nms_thresh: float = 0.7
     box_nms_thresh: float | None = None
-    max_hole_area: int = 0
-    max_sprinkle_area: int = 0
+    max_hole_area: int | None = None
+    max_sprinkle_area: int | None = None
     output_type: str = "bool"
     output_rle_mask: bool = False
     output_bboxes_mask: bool = False
     sort_by: str = "score"
 
     def __post_init__(self):
-        for name in ("points_per_crop", "points_per_batch"):
-            self._check(name, lambda value: isinstance(value, int) and value >= 1, "a whole number of at least 1")
+        self._check("points_per_crop", _is_whole, lambda value: value >= 1, "a whole number of at least 1")
+        self._check("points_per_batch", _is_whole, lambda value: value >= 1, "a whole number of at least 1", none=True)
+        self._check("crops_n_layers", _is_whole, lambda value: value >= 0, "a whole number of at least 0")
         for name in ("pred_iou_thresh", "stability_score_thresh", "crops_nms_thresh", "box_nms_thresh"):
-            self._check(name, lambda value: value is None or 0 <= value <= 1, "from 0 to 1")
-        self._check("crop_overlap_ratio", lambda value: 0 <= value < 1, "from 0 to below 1")
-        self._check("crops_n_layers", lambda value: isinstance(value, int) and value >= 0, "at least 0")
-        self._check("crop_n_points_downscale_factor", lambda value: value >= 1, "at least 1")
-        for name in ("stability_score_offset", "max_hole_area", "max_sprinkle_area"):
-            self._check(name, lambda value: value >= 0, "at least 0")
-        self._check("output_type", lambda value: value in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}")
-        self._check("sort_by", lambda value: value in SORTS, f"one of {', '.join(SORTS)}")
+            own = name == "box_nms_thresh"
+            self._check(name, _is_number, lambda value: 0 <= value <= 1, "a number from 0 to 1", none=own)
+        self._check("crop_overlap_ratio", _is_number, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+        self._check("crop_n_points_downscale_factor", _is_number, lambda value: value >= 1, "a number of at least 1")
+        self._check("mask_threshold", _is_number, math.isfinite, "a number")
+        self._check("stability_score_offset", _is_number, lambda value: 0 <= value < math.inf, "at least 0")
+        for name in ("max_hole_area", "max_sprinkle_area"):
+            self._check(name, _is_number, lambda value: value >= 0, "at least 0", none=True)
+        self._check("output_type", _is_text, lambda value: value in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}")
+        self._check("sort_by", _is_text, lambda value: value in SORTS, f"one of {', '.join(SORTS)}")
 
-    def _check(self, name: str, accepts, expected: str) -> None:
+    def _check(self, name: str, fits, accepts, expected: str, none: bool = False) -> None:
         value = getattr(self, name)
-        if not accepts(value):
+        if not (none and value is None) and not (fits(value) and accepts(value)):
             raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+    @property
+    def nms_thresh(self) -> float:
+        """Box IoU above which masks of one crop suppress each other."""
+        return self.crops_nms_thresh if self.box_nms_thresh is None else self.box_nms_thresh
 
     @classmethod
     def names(cls) -> list[str]:
@@ -108,17 +121,23 @@ class MaskGenerationOptions:
         return dataclasses.replace(self, **changes)
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def crop_boxes_of_layers(height: int, width: int, num_layers: int, overlap_ratio: float) -> list[list[int]]:
     """Boxes (x0, y0, x1, y1) of the whole image and, in layer i, of 2**i x 2**i overlapping crops.
 
     `overlap_ratio` is the overlap of the first layer as a part of the shorter side; later layers scale it down.
-    Raises ValueError if the image is too small for so many layers.
     """
-    if num_layers and min(height, width) < SMALLEST_CROP * 2**num_layers:
-        raise ValueError(
-            f"crops_n_layers {num_layers} cuts each side of an image of {width} x {height} pixels into "
-            f"{2**num_layers} parts, which must be {SMALLEST_CROP} pixels or more"
-        )
     boxes = [[0, 0, width, height]]
     for layer in range(1, num_layers + 1):
         count = 2**layer
@@ -127,7 +146,8 @@ def crop_boxes_of_layers(height: int, width: int, num_layers: int, overlap_ratio
         crop_width = math.ceil((overlap * (count - 1) + width) / count)
         for row in range(count):
             for column in range(count):
-                x0, y0 = column * (crop_width - overlap), row * (crop_height - overlap)
+                x0 = min(column * (crop_width - overlap), width - crop_width)
+                y0 = min(row * (crop_height - overlap), height - crop_height)
                 boxes.append([x0, y0, min(x0 + crop_width, width), min(y0 + crop_height, height)])
     return boxes
 
@@ -141,8 +161,8 @@ def layer_of_crop(index: int) -> int:
     return layer
 
 
-def points_per_side(crop: int, points_per_crop: int, downscale_factor: float) -> int:
-    """Side of the grid of the crop at an index of `crop_boxes_of_layers`."""
+def grid_side(crop: int, points_per_crop: int, downscale_factor: float) -> int:
+    """Points per side of the grid of the crop at an index of `crop_boxes_of_layers`."""
     return max(1, int(points_per_crop / downscale_factor ** layer_of_crop(crop)))
 
 
@@ -205,37 +225,42 @@ def non_maximum_suppression(boxes: torch.Tensor, scores: torch.Tensor, iou_thres
     torch, and the core must not need it.)
     """
     order = scores.float().argsort(descending=True, stable=True)
-    overlaps = (box_iou(boxes[order], boxes[order]) > iou_threshold).cpu()
-    dropped = torch.zeros(len(order), dtype=torch.bool)
+    ranked = boxes[order].cpu()
+    alive = torch.ones(len(order), dtype=torch.bool)
     for index in range(len(order)):
-        if not dropped[index]:
-            dropped[index + 1 :] |= overlaps[index, index + 1 :]
-    return order[~dropped.to(order.device)]
+        if alive[index]:
+            alive[index + 1 :] &= box_iou(ranked[index : index + 1], ranked[index + 1 :])[0] <= iou_threshold
+    return order[alive.to(order.device)]
 
 
 @dataclass
 class _Candidates:
     """What passed the filters at low resolution in one crop, of the highest predicted IoU first.
 
-    `scores` (K) predicted IoU, `points` (K) and `tokens` (K) say which prompt and mask token gave a mask, `boxes`
-    (K, 4) and `windows` (K, 4) where it is in cells: those above the threshold, and those that stability looks at.
-    `logits` has the (h, w) logits, or None for those that are decoded again.
+    `scores` (K) predicted IoU, `points` (K) and `tokens` (K) say which prompt and mask token gave a mask; `boxes`
+    (K, 4), `cores` (K, 4) and `windows` (K, 4) where it is in cells: those above the threshold, those of them in
+    blocks of 2 x 2 (x1 < x0 where there is none), and those that stability looks at. `logits` has the (h, w) logits,
+    or None for those that are decoded again.
     """
 
     scores: torch.Tensor
     points: torch.Tensor
     tokens: torch.Tensor
     boxes: torch.Tensor
+    cores: torch.Tensor
     windows: torch.Tensor
     logits: list[torch.Tensor | None]
 
 
 @dataclass
 class _FoundMask:
-    """A mask at the size of the image: `window` (h, w) bool with its first pixel at `corner` (x, y) of the image."""
+    """A mask at the size of the image: `window` (h, w) bool is what its box holds of it.
 
-    window: np.ndarray
-    corner: tuple[int, int]
+    `box` is in pixels of the image. When nothing more is done to a mask, `runs` (see `window_to_runs`) take the place
+    of the window, which can be as large as the image.
+    """
+
+    window: np.ndarray | None
     box: list[int]
     area: int
     score: float
@@ -243,6 +268,12 @@ class _FoundMask:
     point: list[float]
     crop_area: int
     changed: bool = False
+    runs: np.ndarray | None = None
+
+    def packed(self, image_size: tuple[int, int]) -> "_FoundMask":
+        """The same as runs of the whole image."""
+        runs = window_to_runs(self.window, (self.box[0], self.box[1]), image_size)
+        return dataclasses.replace(self, window=None, runs=runs)
 
 
 class EfficientSamMaskGenerator:
@@ -256,11 +287,18 @@ class EfficientSamMaskGenerator:
             Its processor; `mask_generation` of its config holds the options that suit the checkpoint.
         options:
             [`MaskGenerationOptions`] by name, for every image.
+
+    Raises TypeError for another kind of model, and ValueError if the processor's size is not square.
     """
 
     def __init__(self, model: Any, processor: Any, **options: Any):
+        if not hasattr(model, "decode_prompts"):
+            raise TypeError(f"mask generation by this class is for EfficientSAM models, got a {type(model).__name__}")
         self.model = model
         self.image_processor = getattr(processor, "image_processor", processor)
+        size = self.image_processor.size
+        if size["height"] != size["width"]:
+            raise ValueError(f"the size of the image processor must be square to lay out grids, got {size}")
         own = getattr(self.image_processor, "mask_generation", None) or {}
         self.options = MaskGenerationOptions().with_changes({**own, **options})
 
@@ -278,11 +316,18 @@ class EfficientSamMaskGenerator:
             TypeError, ValueError: for an unknown option or a wrong value, and for what is no image.
         """
         chosen = self.options.with_changes(options)
-        several = isinstance(images, (list, tuple))
-        layouts = [self._crops(image, chosen) for image in (images if several else [images])]
-        embeddings = self._embeddings([crop for layout in layouts for crop in layout[2]])
-        results = [self._masks_of_image(*layout, embeddings, chosen) for layout in layouts]
-        return results if several else results[0]
+        if chosen.max_hole_area or chosen.max_sprinkle_area:
+            _label_regions()
+        if not isinstance(images, (list, tuple)):
+            return self._generate([images], chosen)[0]
+        starts = range(0, len(images), IMAGES_AT_ONCE)
+        return [result for i in starts for result in self._generate(images[i : i + IMAGES_AT_ONCE], chosen)]
+
+    def _generate(self, images: Sequence[Any], options: MaskGenerationOptions) -> list[dict[str, Any]]:
+        """Results of a few images, whose crops pass the encoder together."""
+        layouts = [self._crops(image, options) for image in images]
+        embeddings = self._embeddings([crop for _, _, crops in layouts for crop in crops])
+        return [self._masks_of_image(boxes, points, embeddings, options) for boxes, points, _ in layouts]
 
     def _crops(self, image: Any, options: MaskGenerationOptions) -> tuple[torch.Tensor, torch.Tensor, list]:
         """Boxes of an image's crops, a grid for each, and the crops."""
@@ -294,6 +339,13 @@ class EfficientSamMaskGenerator:
             options.points_per_crop,
             options.crop_n_points_downscale_factor,
         )
+        smallest = min(min(crop.shape[1:]) for crop in crops)
+        if options.crops_n_layers and smallest < SMALLEST_CROP:
+            width, height = boxes[0, 2:].tolist()
+            raise ValueError(
+                f"crops_n_layers {options.crops_n_layers} makes crops of {smallest} pixels of an image of {width} x "
+                f"{height} pixels, expected at least {SMALLEST_CROP}"
+            )
         return boxes, points, crops
 
     def _embeddings(self, crops: list[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -304,16 +356,19 @@ class EfficientSamMaskGenerator:
             pixels = pixels["pixel_values"].to(parameter.device, parameter.dtype)
             yield from self.model.get_image_embeddings(pixels).split(1)
 
-    def _masks_of_image(self, boxes, points, crops, embeddings: Iterator[torch.Tensor], options) -> dict[str, Any]:
+    def _masks_of_image(self, boxes, points, embeddings: Iterator[torch.Tensor], options) -> dict[str, Any]:
         image_size = (int(boxes[0, 3]), int(boxes[0, 2]))
         found: list[_FoundMask] = []
         for index, box in enumerate(boxes.tolist()):
             embedding = next(embeddings)
-            per_side = points_per_side(index, options.points_per_crop, options.crop_n_points_downscale_factor)
-            grid = points[0, : per_side**2, index].to(embedding.device)
+            side = grid_side(index, options.points_per_crop, options.crop_n_points_downscale_factor)
+            grid = points[0, : side**2, index].to(embedding.device)
             found += _Crop(self, embedding, grid, box, image_size, options).masks()
-        if len(crops) > 1 or any(mask.changed for mask in found):
-            found = _suppress_across_crops(found, options.crops_nms_thresh)
+        if len(boxes) > 1:
+            found = _suppress(found, options.crops_nms_thresh, lambda mask: (mask.crop_area, -mask.score))
+        if any(mask.changed for mask in found):
+            threshold = max(options.nms_thresh, options.crops_nms_thresh)
+            found = _suppress(found, threshold, lambda mask: (mask.changed, -mask.score))
         return _result(found, image_size, options)
 
 
@@ -334,13 +389,13 @@ class _Crop:
         self.points, self.box, self.image_size, self.options = points, box, image_size, options
         self.size = (box[3] - box[1], box[2] - box[0])
         self.cells = (4 * embeddings.shape[2], 4 * embeddings.shape[3])
+        self.patch_size = generator.model.config.vision_config.patch_size
 
     def masks(self) -> list[_FoundMask]:
         """Masks that pass all filters and that no better one of this crop suppresses."""
         candidates = self._candidates()
-        threshold = self.options.box_nms_thresh
-        threshold = self.options.crops_nms_thresh if threshold is None else threshold
-        inner, outer = self._box_limits(candidates.boxes)
+        threshold = self.options.nms_thresh
+        inner, outer = self._box_limits(candidates)
         alive = torch.ones(len(candidates.scores), dtype=torch.bool)
         kept: list[_FoundMask] = []
         boxes = torch.empty(0, 4)
@@ -355,49 +410,66 @@ class _Crop:
                 box = torch.tensor([mask.box], dtype=torch.float32)
                 if not (box_iou(box, boxes) > threshold).any():
                     boxes = torch.cat([boxes, box])
-                    kept.append(mask)
+                    kept.append(self._cleaned(mask).packed(self.image_size))
             if len(boxes) > before:
                 alive &= ~(_certain_iou(inner, outer, boxes[before:]) > threshold).any(1)
-        hole, speck = self.options.max_hole_area, self.options.max_sprinkle_area
-        if hole or speck:
-            kept = [_without_small_regions(mask, self.image_size, hole, speck) for mask in kept]
         return kept
 
     def _candidates(self) -> _Candidates:
-        """Every point's three masks, filtered at low resolution."""
-        options, pieces, held = self.options, [], []
-        for start in range(0, len(self.points), options.points_per_batch):
-            points = self.points[start : start + options.points_per_batch, None]
-            masks, scores = self.decoder(points, torch.ones(points.shape[:2], dtype=torch.long, device=points.device))
-            masks, scores = masks[:, 1:].flatten(0, 1), scores[:, 1:].flatten().float()
-            keep = scores > options.pred_iou_thresh if options.pred_iou_thresh > 0 else torch.ones_like(scores) > 0
-            index = keep.nonzero()[:, 0]
-            masks = masks[index]
-            if options.stability_score_thresh > 0 and len(index):
-                stable = stability_scores(masks, options.mask_threshold, options.stability_score_offset)
-                stable = stable > options.stability_score_thresh - STABILITY_MARGIN
-                index, masks = index[stable], masks[stable]
-            windows = masks_to_boxes(masks > options.mask_threshold - options.stability_score_offset)
-            some = (masks > options.mask_threshold).flatten(1).any(1)
-            boxes = masks_to_boxes(masks > options.mask_threshold)
-            index, boxes, windows = index[some], boxes[some], windows[some]
-            held += [mask.clone() for mask in masks[some]]
-            count = masks.new_tensor(3, dtype=torch.long)
-            pieces.append(
-                [v.cpu() for v in (scores[index], start + index // count, index % count + 1, boxes, windows)]
-            )
-            held = _drop_logits(held, torch.cat([piece[0] for piece in pieces]))
-        scores, *rest = (torch.cat(values) for values in zip(*pieces))
-        order = scores.argsort(descending=True, stable=True)
-        return _Candidates(scores[order], *(value[order] for value in rest), [held[i] for i in order.tolist()])
+        """Every point's masks, filtered at low resolution."""
+        pieces: list[_Candidates] = []
+        held: list[torch.Tensor | None] = []
+        batch = self.options.points_per_batch or len(self.points)
+        for start in range(0, len(self.points), batch):
+            piece = self._filtered(start, min(start + batch, len(self.points)))
+            pieces.append(piece)
+            held = _drop_logits(held + piece.logits, torch.cat([piece.scores for piece in pieces]))
+        names = [field.name for field in dataclasses.fields(_Candidates) if field.name != "logits"]
+        order = torch.cat([piece.scores for piece in pieces]).argsort(descending=True, stable=True)
+        joined = {name: torch.cat([getattr(piece, name) for piece in pieces])[order] for name in names}
+        return _Candidates(**joined, logits=[held[index] for index in order.tolist()])
+
+    def _filtered(self, start: int, end: int) -> _Candidates:
+        """What a part of the grid gives."""
+        options = self.options
+        masks, scores = self._decoded(self.points[start:end])
+        count = masks.shape[1]
+        masks, scores = masks.flatten(0, 1), scores.flatten().float()
+        index = torch.arange(len(scores), device=scores.device)
+        if options.pred_iou_thresh > 0:
+            index = index[scores > options.pred_iou_thresh]
+        masks = masks[index]
+        inside, around = (
+            masks > options.mask_threshold,
+            masks > options.mask_threshold - options.stability_score_offset,
+        )
+        good = inside.flatten(1).any(1)
+        if options.stability_score_thresh > 0:
+            stability = stability_scores(masks, options.mask_threshold, options.stability_score_offset)
+            small = around.flatten(1).sum(1) < STABILITY_CELLS
+            good &= small | (stability > options.stability_score_thresh - STABILITY_MARGIN)
+        index, masks, inside, around = index[good], masks[good], inside[good], around[good]
+        return _Candidates(
+            scores=scores[index].cpu(),
+            points=(start + index // count).cpu(),
+            tokens=(index % count).cpu(),
+            boxes=masks_to_boxes(inside).cpu(),
+            cores=_block_boxes(inside).cpu(),
+            windows=masks_to_boxes(around).cpu(),
+            logits=[mask.clone() for mask in masks],
+        )
+
+    def _decoded(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The candidates of each click: (Q, 2) -> logits (Q, M, h, w), predicted IoU (Q, M)."""
+        labels = torch.ones(len(points), 1, dtype=torch.long, device=points.device)
+        masks, scores = self.decoder(points[:, None], labels)
+        return masks[:, 1:], scores[:, 1:]
 
     def _logits(self, candidates: _Candidates, turn: list[int]) -> list[torch.Tensor]:
         """Low-resolution logits of some candidates; those that are not held are decoded again."""
         missing = [index for index in turn if candidates.logits[index] is None]
         if missing:
-            points = self.points[candidates.points[missing].to(self.points.device), None]
-            labels = torch.ones(points.shape[:2], dtype=torch.long, device=points.device)
-            masks, _ = self.decoder(points, labels)
+            masks, _ = self._decoded(self.points[candidates.points[missing].to(self.points.device)])
             for row, index in enumerate(missing):
                 candidates.logits[index] = masks[row, candidates.tokens[index]]
         logits = [candidates.logits[index] for index in turn]
@@ -405,19 +477,18 @@ class _Crop:
             candidates.logits[index] = None  # its turn is over
         return logits
 
-    def _box_limits(self, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Boxes in cells -> smallest and largest box in pixels of the image that the exact mask can have, (K, 4) each.
+    def _box_limits(self, candidates: _Candidates) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest box in pixels of the image that each exact mask can have: (K, 4), (K, 4).
 
-        Its edge lies between the centre of the outermost cell and that of the next, give or take a pixel, short of
-        what bicubic interpolation can overshoot. Cells at the border reach it.
+        A block of cells above the threshold stays above it between their centres, where a single cell may vanish. The
+        edge lies before the centre of the next cell, give or take a pixel. Both are short of what bicubic
+        interpolation can overshoot next to far larger values.
         """
         scale = torch.tensor([self.size[1] / self.cells[1], self.size[0] / self.cells[0]] * 2)
         outwards = torch.tensor([-1.0, -1.0, 1.0, 1.0])
-        centres = (boxes + 0.5) * scale - 0.5 + torch.tensor(self.box[:2] * 2)
-        low, high = torch.tensor(self.box[:2] * 2), torch.tensor(self.box[2:] * 2) - 1
-        outer = (centres + outwards * (scale + 1)).clamp(low, high)
-        at_border = boxes == torch.tensor([0, 0, self.cells[1] - 1, self.cells[0] - 1])
-        return torch.where(at_border, outer, centres - outwards), outer
+        origin, end = torch.tensor(self.box[:2] * 2), torch.tensor(self.box[2:] * 2) - 1
+        inner, outer = ((boxes + 0.5) * scale - 0.5 + origin for boxes in (candidates.cores, candidates.boxes))
+        return inner - outwards, (outer + outwards * (scale + 1)).clamp(origin, end)
 
     def _exact_mask(self, candidates: _Candidates, index: int, logits: torch.Tensor) -> _FoundMask | None:
         """A candidate at the size of the crop; None if it is not stable there, empty, or at an inner edge."""
@@ -427,31 +498,57 @@ class _Crop:
         if options.stability_score_thresh > 0 and not stability > options.stability_score_thresh:
             return None
         mask = logits > options.mask_threshold
-        box = masks_to_boxes(mask[None]).cpu() + torch.tensor([x, y, x, y])
         area = int(mask.sum())
-        if not area or near_crop_edge(box, self.box, self.image_size)[0]:
+        if not area:
+            return None
+        own = masks_to_boxes(mask[None]).cpu()
+        box = own + torch.tensor([x, y, x, y])
+        if near_crop_edge(box, self.box, self.image_size)[0]:
             return None
         left, top = self.box[:2]
-        scale = torch.tensor([self.size[1] / self.cells[1] / 4, self.size[0] / self.cells[0] / 4])
-        point = (self.points[candidates.points[index]].cpu() + 0.5) * scale + torch.tensor([left, top])
+        x0, y0, x1, y1 = own[0].tolist()
         return _FoundMask(
-            window=mask.cpu().numpy(),
-            corner=(x + left, y + top),
+            window=mask[y0 : y1 + 1, x0 : x1 + 1].cpu().numpy(),
             box=(box[0] + torch.tensor([left, top] * 2)).tolist(),
             area=area,
             score=float(candidates.scores[index]),
             stability=stability,
-            point=point.tolist(),
+            point=self._image_point(int(candidates.points[index])),
             crop_area=self.size[0] * self.size[1],
         )
 
+    def _image_point(self, index: int) -> list[float]:
+        """A point of the grid in pixels of the image."""
+        model_size = [side / 4 * self.patch_size for side in self.cells]
+        x, y = (
+            (value + 0.5) * own / side
+            for value, own, side in zip(self.points[index].tolist(), self.size[::-1], model_size[::-1])
+        )
+        return [x + self.box[0], y + self.box[1]]
+
+    def _cleaned(self, mask: _FoundMask) -> _FoundMask:
+        """The mask without small holes and specks, if they are to go."""
+        hole, speck = self.options.max_hole_area or 0, self.options.max_sprinkle_area or 0
+        return _without_small_regions(mask, self.image_size, hole, speck) if hole or speck else mask
+
+
+def _block_boxes(masks: torch.Tensor) -> torch.Tensor:
+    """Boxes of what masks have in blocks of 2 x 2: (M, H, W) bool -> (M, 4) int64, x1 < x0 where there is none."""
+    blocks = masks[:, 1:, 1:] & masks[:, 1:, :-1] & masks[:, :-1, 1:] & masks[:, :-1, :-1]
+    boxes = masks_to_boxes(blocks) + torch.tensor([0, 0, 1, 1], device=masks.device)
+    nothing = torch.tensor([0, 0, -1, -1], device=masks.device)
+    return torch.where(blocks.flatten(1).any(1, keepdim=True), boxes, nothing)
+
 
 def _drop_logits(held: list[torch.Tensor | None], scores: torch.Tensor) -> list[torch.Tensor | None]:
-    """Logits of the candidates with the highest scores, and None for the others."""
+    """Logits of the MASKS_HELD candidates with the highest scores, and None for the others."""
     if len(held) <= MASKS_HELD:
         return held
-    lowest = scores.topk(MASKS_HELD).values[-1]
-    return [logits if score >= lowest else None for logits, score in zip(held, scores.tolist())]
+    best = scores.argsort(descending=True, stable=True)[:MASKS_HELD].tolist()
+    kept: list[torch.Tensor | None] = [None] * len(held)
+    for index in best:
+        kept[index] = held[index]
+    return kept
 
 
 def _certain_iou(inner: torch.Tensor, outer: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
@@ -463,49 +560,52 @@ def _certain_iou(inner: torch.Tensor, outer: torch.Tensor, boxes: torch.Tensor) 
     return shared / (most - shared).clamp(min=1e-6)
 
 
-def _without_small_regions(mask: _FoundMask, image_size: tuple[int, int], max_hole: int, max_speck: int) -> _FoundMask:
-    """The mask with holes filled and specks removed; of a mask that is nothing but specks the largest stays."""
+def _label_regions() -> Callable[[np.ndarray], tuple[np.ndarray, int]]:
+    """A function that numbers the regions of a mask, corners joined: (H, W) bool -> (H, W) int, their number."""
     try:
         from scipy import ndimage
     except ImportError:
-        raise ImportError("max_hole_area and max_sprinkle_area need scipy: pip install scipy") from None
-    eight = np.ones((3, 3), bool)
-    (x, y), (height, width) = mask.corner, mask.window.shape
+        raise ImportError(
+            "max_hole_area and max_sprinkle_area need scipy: pip install 'efficientsam-hf[regions]' or scipy"
+        ) from None
+    return lambda mask: ndimage.label(mask, np.ones((3, 3), bool))
+
+
+def _without_small_regions(mask: _FoundMask, image_size: tuple[int, int], max_hole: int, max_speck: int) -> _FoundMask:
+    """The mask with holes filled and specks removed; of a mask that is nothing but specks the largest stays."""
+    label = _label_regions()
+    x0, y0, x1, y1 = mask.box
     # Beyond the window is background, unless the image ends there.
-    sides = ((int(y > 0), int(y + height < image_size[0])), (int(x > 0), int(x + width < image_size[1])))
-    padded = np.pad(mask.window, sides)
-    cleaned = padded.copy()
+    sides = ((int(y0 > 0), int(y1 + 1 < image_size[0])), (int(x0 > 0), int(x1 + 1 < image_size[1])))
+    cleaned = np.pad(mask.window, sides)
     if max_hole:
-        labels, count = ndimage.label(~padded, eight)
-        areas = np.bincount(labels.reshape(-1), minlength=count + 1)
-        beyond = np.pad(np.zeros_like(mask.window), sides, constant_values=True)
-        small = areas <= max_hole
+        labels, count = label(~cleaned)
+        small = np.bincount(labels.reshape(-1), minlength=count + 1) <= max_hole
         small[0] = False
-        small[np.unique(labels[beyond])] = False
+        small[np.unique(labels[np.pad(np.zeros_like(mask.window), sides, constant_values=True)])] = False
         cleaned |= small[labels]
     if max_speck:
-        labels, count = ndimage.label(cleaned, eight)
+        labels, count = label(cleaned)
         areas = np.bincount(labels.reshape(-1), minlength=count + 1)
         areas[0] = 0
         small = areas <= max_speck
         small[areas.argmax()] = False
         cleaned &= ~small[labels]
-    cleaned = cleaned[sides[0][0] : sides[0][0] + height, sides[1][0] : sides[1][0] + width]
+    (top, _), (left, _) = sides
+    cleaned = cleaned[top : top + mask.window.shape[0], left : left + mask.window.shape[1]]
     if (cleaned == mask.window).all():
         return mask
-    box = masks_to_boxes(torch.from_numpy(cleaned)[None])[0] + torch.tensor([x, y, x, y])
-    return dataclasses.replace(
-        mask, window=cleaned, box=box.tolist(), area=int(np.count_nonzero(cleaned)), changed=True
-    )
+    own = masks_to_boxes(torch.from_numpy(cleaned)[None])[0].tolist()
+    window = cleaned[own[1] : own[3] + 1, own[0] : own[2] + 1]
+    box = [own[0] + x0, own[1] + y0, own[2] + x0, own[3] + y0]
+    return dataclasses.replace(mask, window=window, box=box, area=int(np.count_nonzero(window)), changed=True)
 
 
-def _suppress_across_crops(masks: list[_FoundMask], threshold: float) -> list[_FoundMask]:
-    """Non-maximum suppression where masks without changes come first, then those of smaller crops, then by score."""
-    ranked = sorted(masks, key=lambda mask: (mask.changed, mask.crop_area, -mask.score))
-    if not ranked:
-        return []
-    boxes = torch.tensor([mask.box for mask in ranked])
-    kept = non_maximum_suppression(boxes, -torch.arange(len(ranked)).float(), threshold)
+def _suppress(masks: list[_FoundMask], threshold: float, rank: Callable[[_FoundMask], Any]) -> list[_FoundMask]:
+    """Non-maximum suppression where masks of the lowest rank come first."""
+    ranked = sorted(masks, key=rank)
+    boxes = torch.tensor([mask.box for mask in ranked]).reshape(-1, 4)
+    kept = non_maximum_suppression(boxes, -torch.arange(len(ranked)).double(), threshold)
     return [ranked[index] for index in kept.tolist()]
 
 
@@ -529,23 +629,19 @@ def _result(masks: list[_FoundMask], image_size: tuple[int, int], options: MaskG
 
 def _encoded(mask: _FoundMask, image_size: tuple[int, int], output_type: str) -> np.ndarray | dict[str, Any]:
     """A mask of the whole image: (H, W) bool, or its run lengths."""
-    if output_type == "bool":
-        whole = np.zeros(image_size, bool)
-        (x, y), (height, width) = mask.corner, mask.window.shape
-        whole[y : y + height, x : x + width] = mask.window
-        return whole
-    runs = window_to_runs(mask.window, mask.corner, image_size)
-    counts = runs_to_counts(runs, image_size[0] * image_size[1])
-    if output_type == "rle":
-        return {"size": list(image_size), "counts": counts.tolist()}
-    return compress_counts(counts, image_size)
+    counts = runs_to_counts(mask.runs, image_size[0] * image_size[1])
+    if output_type == "coco_rle":
+        return compress_counts(counts, image_size)
+    rle = {"size": list(image_size), "counts": counts.tolist()}
+    return rle if output_type == "rle" else decode_rle(rle)
 
 
 class EfficientSamMaskGenerationPipeline(MaskGenerationPipeline):
     """`pipeline("mask-generation")` on [`EfficientSamMaskGenerator`].
 
-    It takes images as the stock pipeline does (also arrays and tensors) and every option of [`MaskGenerationOptions`];
-    unknown ones are a TypeError. With `batch_size` so many images pass the encoder together.
+    It takes images as the stock pipeline does, arrays and tensors too, and every option of [`MaskGenerationOptions`];
+    unknown ones are a TypeError. With `batch_size` so many images pass the encoder together. A file is turned the way
+    its EXIF orientation says; a PIL image is taken in the pixels it has.
     """
 
     def _sanitize_parameters(self, timeout: float | None = None, **options: Any) -> tuple[dict, dict, dict]:
@@ -556,14 +652,16 @@ class EfficientSamMaskGenerationPipeline(MaskGenerationPipeline):
         self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
     ) -> Iterator[dict[str, Any]]:
         """Results of images, one by one, computed in batches."""
-        images = iter(inputs)
+        images = (inputs[i] for i in range(len(inputs))) if hasattr(inputs, "__getitem__") else iter(inputs)
         while batch := list(islice(images, batch_size)):
             loaded = [self.preprocess(image, **preprocess_params) for image in batch]
             yield from self.postprocess(self.forward({"images": loaded}, **forward_params), **postprocess_params)
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:
-        """Open what is a path, a URL or base64 text; everything else is left to the image processor."""
-        return load_image(image, timeout=timeout) if isinstance(image, (str, Image.Image)) else image
+        """Fetch a URL, decode base64 text; everything else is left to the image processor."""
+        if not isinstance(image, str) or os.path.isfile(image):
+            return image
+        return load_image(image, timeout=timeout)
 
     def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
         return {
@@ -580,11 +678,11 @@ __all__ = [
     "MaskGenerationOptions",
     "box_iou",
     "crop_boxes_of_layers",
+    "grid_side",
     "layer_of_crop",
     "masks_to_boxes",
     "near_crop_edge",
     "non_maximum_suppression",
     "point_grid",
-    "points_per_side",
     "stability_scores",
 ]

@@ -12,13 +12,17 @@ from ..data.augmentation import Augmentation
 from .losses import binary_targets
 
 
+DRAWS = 4  # of a random change before the picture stays as it is
+
+
 @dataclass(frozen=True)
 class MaskPreparation:
     """Draws objects of an annotated picture, changes both at random, and stretches them to a square.
 
     A sample is {"image": RGB PIL image, "masks": (N, H, W) bool array, "image_id" (optional)}. Pictures and masks are
-    stretched as `image_processor` does it. Objects that cover less than `min_area` or more than `max_area` of the
-    picture are left out; of the others up to `objects` are drawn. A random change that would leave none is not made.
+    stretched as `image_processor` does it. Objects that cover less than `min_area` or more than `max_area` of what is
+    seen of the picture are left out; of the others up to `objects` are drawn. A random change that would leave none
+    is drawn again, and not made if that does not help.
 
     With `scale_of`, a side in pixels, objects are as large as if the whole picture had been stretched to that side:
     a smaller image shows a random part of the picture, and so many objects fewer as it is smaller in area. The prompt
@@ -38,9 +42,7 @@ class MaskPreparation:
         Raises ValueError if the masks do not fit their picture, or if it holds no object to train on.
         """
         self._check(sample)
-        changed = self.augmentation(sample, generator, zoom=self.scale_of / size if self.scale_of else 1.0)
-        if not len(self._usable(changed["masks"])):
-            changed = sample
+        changed = self._changed(sample, size, generator)
         image, masks = changed["image"], changed["masks"]
         slots = self.slots(size)
         chosen = generator.permutation(self._usable(masks))[:slots]
@@ -50,9 +52,18 @@ class MaskPreparation:
         real = torch.arange(slots) < len(stretched)
         return {"pixel_values": pixels, "masks": F.pad(stretched, (0, 0, 0, 0, 0, missing)), "object_mask": real}
 
+    def _changed(self, sample: dict[str, Any], size: int, generator: np.random.Generator) -> dict[str, Any]:
+        """The sample after a random change that leaves an object; itself if none of a few does."""
+        zoom = max(1.0, self.scale_of / size) if self.scale_of else 1.0
+        for _ in range(DRAWS):
+            changed = self.augmentation(sample, generator, zoom)
+            if len(self._usable(changed["masks"])):
+                return changed
+        return sample
+
     def slots(self, size: int) -> int:
         """Objects that an image of this side has room for."""
-        share = (size / self.scale_of) ** 2 if self.scale_of else 1.0
+        share = min(1.0, size / self.scale_of) ** 2 if self.scale_of else 1.0
         return max(1, round(self.objects * share))
 
     def stand_in(self, size: int, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
