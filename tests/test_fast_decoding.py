@@ -89,6 +89,7 @@ def test_adapters_are_not_passed_over(model) -> None:
     adapted = EfficientSamModel(model.config).eval()
     adapted.load_state_dict(model.state_dict())
     add_adapters(adapted, ["mask_decoder"], 4, 16.0)
+    adapted.eval()
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora" in name:

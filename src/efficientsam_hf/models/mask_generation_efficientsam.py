@@ -34,7 +34,8 @@ MASKS_HELD = 512  # candidates whose logits are kept; those of lower score are d
 MASKS_AT_ONCE = 16  # candidates that are looked at before the next ones are suppressed
 STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack, where a mask has at least
 STABILITY_CELLS = 64  # so many cells; that of smaller ones says too little
-SMALLEST_CROP = 64  # pixels; masks within 20 of an inner edge are dropped
+LOGIT_MARGIN = 1.0  # how far below the threshold low-resolution logits can lie and rise above it by interpolation
+SMALLEST_CROP = 16  # pixels
 OUTPUT_TYPES = ("bool", "rle", "coco_rle")
 SORTS = ("score", "area")
 
@@ -137,7 +138,13 @@ def crop_boxes_of_layers(height: int, width: int, num_layers: int, overlap_ratio
     """Boxes (x0, y0, x1, y1) of the whole image and, in layer i, of 2**i x 2**i overlapping crops.
 
     `overlap_ratio` is the overlap of the first layer as a part of the shorter side; later layers scale it down.
+    Raises ValueError if the image is too small for so many layers.
     """
+    if num_layers and min(height, width) < SMALLEST_CROP * 2**num_layers:
+        raise ValueError(
+            f"crops_n_layers {num_layers} cuts each side of an image of {width} x {height} pixels into "
+            f"{2**num_layers} parts, which must be {SMALLEST_CROP} pixels or more"
+        )
     boxes = [[0, 0, width, height]]
     for layer in range(1, num_layers + 1):
         count = 2**layer
@@ -237,19 +244,49 @@ def non_maximum_suppression(boxes: torch.Tensor, scores: torch.Tensor, iou_thres
 class _Candidates:
     """What passed the filters at low resolution in one crop, of the highest predicted IoU first.
 
-    `scores` (K) predicted IoU, `points` (K) and `tokens` (K) say which prompt and mask token gave a mask; `boxes`
-    (K, 4), `cores` (K, 4) and `windows` (K, 4) where it is in cells: those above the threshold, those of them in
-    blocks of 2 x 2 (x1 < x0 where there is none), and those that stability looks at. `logits` has the (h, w) logits,
-    or None for those that are decoded again.
+    `scores` (K) predicted IoU, `points` (K) and `tokens` (K) say which prompt and mask token gave a mask; `cores`
+    (K, 4) and `windows` (K, 4) where it is in cells: those above the threshold in blocks of 2 x 2 (x1 < x0 where there
+    is none), and all down to LOGIT_MARGIN below it, or further where stability looks further.
     """
 
     scores: torch.Tensor
     points: torch.Tensor
     tokens: torch.Tensor
-    boxes: torch.Tensor
     cores: torch.Tensor
     windows: torch.Tensor
-    logits: list[torch.Tensor | None]
+
+    def __getitem__(self, index: torch.Tensor) -> "_Candidates":
+        return _Candidates(*(value[index] for value in vars(self).values()))
+
+    @staticmethod
+    def joined(parts: list["_Candidates"]) -> "_Candidates":
+        return _Candidates(*map(torch.cat, zip(*(vars(part).values() for part in parts))))
+
+
+class _HeldLogits:
+    """Low-resolution logits of the MASKS_HELD candidates of highest score, in one block of memory."""
+
+    def __init__(self):
+        self.block = torch.empty(0)
+        self.places: dict[int, int] = {}  # number of a candidate -> row of the block
+
+    def add(self, masks: torch.Tensor, scores: torch.Tensor) -> None:
+        """Take the newest candidates, (M, h, w), where `scores` (K) are those of all so far, these at the end."""
+        if self.block.shape[1:] != masks.shape[1:]:
+            self.block = masks.new_empty(MASKS_HELD, *masks.shape[1:])
+        first = len(scores) - len(masks)
+        best = scores.argsort(descending=True, stable=True)[:MASKS_HELD].tolist()
+        kept = set(best) & set(self.places)
+        self.places = {number: place for number, place in self.places.items() if number in kept}
+        free = sorted(set(range(MASKS_HELD)) - set(self.places.values()), reverse=True)
+        for number in best:
+            if number >= first:
+                self.places[number] = free.pop()
+                self.block[self.places[number]] = masks[number - first]
+
+    def get(self, number: int) -> torch.Tensor | None:
+        """(h, w), or None for one that is not held."""
+        return self.block[self.places[number]] if number in self.places else None
 
 
 @dataclass
@@ -339,13 +376,6 @@ class EfficientSamMaskGenerator:
             options.points_per_crop,
             options.crop_n_points_downscale_factor,
         )
-        smallest = min(min(crop.shape[1:]) for crop in crops)
-        if options.crops_n_layers and smallest < SMALLEST_CROP:
-            width, height = boxes[0, 2:].tolist()
-            raise ValueError(
-                f"crops_n_layers {options.crops_n_layers} makes crops of {smallest} pixels of an image of {width} x "
-                f"{height} pixels, expected at least {SMALLEST_CROP}"
-            )
         return boxes, points, crops
 
     def _embeddings(self, crops: list[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -393,7 +423,7 @@ class _Crop:
 
     def masks(self) -> list[_FoundMask]:
         """Masks that pass all filters and that no better one of this crop suppresses."""
-        candidates = self._candidates()
+        candidates, held = self._candidates()
         threshold = self.options.nms_thresh
         inner, outer = self._box_limits(candidates)
         alive = torch.ones(len(candidates.scores), dtype=torch.bool)
@@ -403,7 +433,7 @@ class _Crop:
             turn = alive.nonzero()[:MASKS_AT_ONCE, 0].tolist()
             alive[turn] = False
             before = len(boxes)
-            for index, logits in zip(turn, self._logits(candidates, turn)):
+            for index, logits in zip(turn, self._logits(candidates, turn, held)):
                 mask = self._exact_mask(candidates, index, logits)
                 if mask is None:
                     continue
@@ -415,22 +445,21 @@ class _Crop:
                 alive &= ~(_certain_iou(inner, outer, boxes[before:]) > threshold).any(1)
         return kept
 
-    def _candidates(self) -> _Candidates:
-        """Every point's masks, filtered at low resolution."""
-        pieces: list[_Candidates] = []
-        held: list[torch.Tensor | None] = []
+    def _candidates(self) -> tuple[_Candidates, list[torch.Tensor | None]]:
+        """Every point's masks, filtered at low resolution, and their logits as far as they are held."""
+        parts: list[_Candidates] = []
+        held = _HeldLogits()
         batch = self.options.points_per_batch or len(self.points)
         for start in range(0, len(self.points), batch):
-            piece = self._filtered(start, min(start + batch, len(self.points)))
-            pieces.append(piece)
-            held = _drop_logits(held + piece.logits, torch.cat([piece.scores for piece in pieces]))
-        names = [field.name for field in dataclasses.fields(_Candidates) if field.name != "logits"]
-        order = torch.cat([piece.scores for piece in pieces]).argsort(descending=True, stable=True)
-        joined = {name: torch.cat([getattr(piece, name) for piece in pieces])[order] for name in names}
-        return _Candidates(**joined, logits=[held[index] for index in order.tolist()])
+            part, masks = self._filtered(start, min(start + batch, len(self.points)))
+            parts.append(part)
+            held.add(masks, torch.cat([part.scores for part in parts]))
+        candidates = _Candidates.joined(parts)
+        order = candidates.scores.argsort(descending=True, stable=True)
+        return candidates[order], [held.get(number) for number in order.tolist()]
 
-    def _filtered(self, start: int, end: int) -> _Candidates:
-        """What a part of the grid gives."""
+    def _filtered(self, start: int, end: int) -> tuple[_Candidates, torch.Tensor]:
+        """What a part of the grid gives, and its logits (M, h, w)."""
         options = self.options
         masks, scores = self._decoded(self.points[start:end])
         count = masks.shape[1]
@@ -439,25 +468,22 @@ class _Crop:
         if options.pred_iou_thresh > 0:
             index = index[scores > options.pred_iou_thresh]
         masks = masks[index]
-        inside, around = (
-            masks > options.mask_threshold,
-            masks > options.mask_threshold - options.stability_score_offset,
-        )
+        inside = masks > options.mask_threshold
+        around = masks > options.mask_threshold - max(options.stability_score_offset, LOGIT_MARGIN)
         good = inside.flatten(1).any(1)
         if options.stability_score_thresh > 0:
             stability = stability_scores(masks, options.mask_threshold, options.stability_score_offset)
             small = around.flatten(1).sum(1) < STABILITY_CELLS
             good &= small | (stability > options.stability_score_thresh - STABILITY_MARGIN)
         index, masks, inside, around = index[good], masks[good], inside[good], around[good]
-        return _Candidates(
+        candidates = _Candidates(
             scores=scores[index].cpu(),
             points=(start + index // count).cpu(),
             tokens=(index % count).cpu(),
-            boxes=masks_to_boxes(inside).cpu(),
             cores=_block_boxes(inside).cpu(),
             windows=masks_to_boxes(around).cpu(),
-            logits=[mask.clone() for mask in masks],
         )
+        return candidates, masks
 
     def _decoded(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The candidates of each click: (Q, 2) -> logits (Q, M, h, w), predicted IoU (Q, M)."""
@@ -465,29 +491,27 @@ class _Crop:
         masks, scores = self.decoder(points[:, None], labels)
         return masks[:, 1:], scores[:, 1:]
 
-    def _logits(self, candidates: _Candidates, turn: list[int]) -> list[torch.Tensor]:
+    def _logits(self, candidates: _Candidates, turn: list[int], held: list[torch.Tensor | None]) -> list[torch.Tensor]:
         """Low-resolution logits of some candidates; those that are not held are decoded again."""
-        missing = [index for index in turn if candidates.logits[index] is None]
+        missing = [index for index in turn if held[index] is None]
+        logits = {index: held[index] for index in turn}
         if missing:
             masks, _ = self._decoded(self.points[candidates.points[missing].to(self.points.device)])
             for row, index in enumerate(missing):
-                candidates.logits[index] = masks[row, candidates.tokens[index]]
-        logits = [candidates.logits[index] for index in turn]
-        for index in turn:
-            candidates.logits[index] = None  # its turn is over
-        return logits
+                logits[index] = masks[row, candidates.tokens[index]]
+        return [logits[index] for index in turn]
 
     def _box_limits(self, candidates: _Candidates) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest box in pixels of the image that each exact mask can have: (K, 4), (K, 4).
 
-        A block of cells above the threshold stays above it between their centres, where a single cell may vanish. The
-        edge lies before the centre of the next cell, give or take a pixel. Both are short of what bicubic
-        interpolation can overshoot next to far larger values.
+        A block of cells above the threshold stays above it between their centres, where a single cell may vanish.
+        Beyond the window the logits are so far below it that interpolation, which overshoots next to larger values,
+        hardly lifts them over it.
         """
         scale = torch.tensor([self.size[1] / self.cells[1], self.size[0] / self.cells[0]] * 2)
         outwards = torch.tensor([-1.0, -1.0, 1.0, 1.0])
         origin, end = torch.tensor(self.box[:2] * 2), torch.tensor(self.box[2:] * 2) - 1
-        inner, outer = ((boxes + 0.5) * scale - 0.5 + origin for boxes in (candidates.cores, candidates.boxes))
+        inner, outer = ((boxes + 0.5) * scale - 0.5 + origin for boxes in (candidates.cores, candidates.windows))
         return inner - outwards, (outer + outwards * (scale + 1)).clamp(origin, end)
 
     def _exact_mask(self, candidates: _Candidates, index: int, logits: torch.Tensor) -> _FoundMask | None:
@@ -538,17 +562,6 @@ def _block_boxes(masks: torch.Tensor) -> torch.Tensor:
     boxes = masks_to_boxes(blocks) + torch.tensor([0, 0, 1, 1], device=masks.device)
     nothing = torch.tensor([0, 0, -1, -1], device=masks.device)
     return torch.where(blocks.flatten(1).any(1, keepdim=True), boxes, nothing)
-
-
-def _drop_logits(held: list[torch.Tensor | None], scores: torch.Tensor) -> list[torch.Tensor | None]:
-    """Logits of the MASKS_HELD candidates with the highest scores, and None for the others."""
-    if len(held) <= MASKS_HELD:
-        return held
-    best = scores.argsort(descending=True, stable=True)[:MASKS_HELD].tolist()
-    kept: list[torch.Tensor | None] = [None] * len(held)
-    for index in best:
-        kept[index] = held[index]
-    return kept
 
 
 def _certain_iou(inner: torch.Tensor, outer: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
