@@ -93,13 +93,14 @@ def test_adapters_are_not_passed_over(model) -> None:
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora" in name:
-                parameter += 0.3 * torch.randn_like(parameter)
+                parameter += 0.02 * torch.randn_like(parameter)
     embeddings = torch.randn(1, 256, 8, 8)
     expected, expected_scores = plain(adapted, embeddings, prompts("both"))
     masks, scores = EfficientSamFastDecoder(adapted, embeddings)(**prompts("both"))
-    torch.testing.assert_close(masks, expected, rtol=0, atol=1e-4)
-    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-4)
-    assert (expected - plain(model, embeddings, prompts("both"))[0]).abs().max() > 0.1
+    torch.testing.assert_close(masks, expected, rtol=0, atol=1e-4 * expected.std().item())
+    torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-3)
+    unadapted, _ = plain(model, embeddings, prompts("both"))
+    assert (expected - unadapted).abs().max() > 0.1 * unadapted.std()
 
 
 @pytest.mark.parametrize(
