@@ -6,13 +6,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := outputs/demo
 
-.PHONY: help env demo test test-slow style quality build clean
+.PHONY: help env demo test test-slow test-browser style quality build clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo       segment a photo with the checkpoint that ships, write $(DEMO)/overlay.png"
 	@echo "make test       the default tests"
 	@echo "make test-slow  the tests that take a minute or more each"
+	@echo "make test-browser  the demo in Chromium (skipped without one), screenshots in outputs/space"
 	@echo "make style      format and fix what ruff can fix"
 	@echo "make quality    check style, lint and the rules of transformers for model files; changes nothing"
 	@echo "make build      wheel and source distribution in dist/"
@@ -20,7 +21,7 @@ help:
 
 env: $(READY)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
 	@echo "Making $(VENV) with the pinned versions in constraints.txt (a minute or two) ..."
 	@$(PYTHON) -m venv $(VENV)
@@ -40,6 +41,9 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(READY)
+	$(BIN)/python -m pytest -m browser
 
 style: $(READY)
 	$(BIN)/ruff check --fix .

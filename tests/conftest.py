@@ -4,10 +4,15 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from PIL import Image
+
+
+if TYPE_CHECKING:
+    from hub_server import HubServer
 
 
 # No test may reach for the Hub; set before huggingface_hub is imported, which reads it once.
@@ -69,3 +74,14 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator["HubServer"]:
+    """A Hub on loopback: huggingface_hub is online, sees no other Hub and no token or cache of this machine."""
+    from hub_server import HubServer, close_session, point_client_at
+
+    with HubServer() as server:
+        point_client_at(server, tmp_path_factory.mktemp("hf_home"), monkeypatch)
+        yield server
+        close_session()

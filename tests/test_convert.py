@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Released checkpoints: what converts, and what is refused with every reason named."""
 
+import hashlib
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from PIL import Image
 
 from efficientsam_hf import EfficientSamModel, EfficientSamProcessor
 from efficientsam_hf.convert import BOX_CORNERS, convert_checkpoint, read_released_checkpoint, rename
@@ -97,6 +100,12 @@ def test_conversion_gives_a_normal_folder(packed: str, released: Path, tmp_path:
     assert torch.equal(model.mask_decoder.iou_token.weight, state["mask_decoder.iou_token.weight"])
     assert torch.equal(model.prompt_encoder.box_corner_embed.weight[1:], state[BOX_CORNERS[1]])
     assert (processor.background_points, processor.mask_prompts, processor.max_prompt_tokens) == (False, False, 6)
+    card = ModelCard((tmp_path / "out" / "README.md").read_text())
+    assert (card.data.license, card.data.pipeline_tag) == ("apache-2.0", "mask-generation")
+    digest = hashlib.sha256(source.read_bytes()).hexdigest()
+    assert f"`{source.name}` (sha256 `{digest}`)" in card.text and "authors of the paper released" in card.text
+    with Image.open(tmp_path / "out" / "previews" / "scenes.png") as preview:
+        assert len(preview.getcolors(10**6)) > 100
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

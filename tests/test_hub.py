@@ -27,7 +27,8 @@ from efficientsam_hf import (
 )
 from efficientsam_hf.cli import main
 from efficientsam_hf.files import write_folder, write_json
-from efficientsam_hf.hub import export_run, read_run, shorten_command, shorten_paths
+from efficientsam_hf.hub.model_folder import export_run
+from efficientsam_hf.hub.run_record import read_run, shorten_command, shorten_paths
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.run_folder import RunLog, open_run

@@ -46,12 +46,19 @@ def package_files(root: Path) -> set[str]:
     return {path.relative_to(package).as_posix() for path in files}
 
 
+def space_files(root: Path) -> set[str]:
+    """Everything in the folder of Spaces, relative to the checkout."""
+    files = [path for path in (root / "spaces").rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    return {path.relative_to(root).as_posix() for path in files}
+
+
 def test_wheel_carries_the_whole_package(root: Path, distributions: tuple[Path, Path]) -> None:
     with zipfile.ZipFile(distributions[1]) as wheel:
         prefix = "efficientsam_hf/"
         carried = {name.removeprefix(prefix) for name in wheel.namelist() if name.startswith(prefix)}
         licenses = [name for name in wheel.namelist() if name.endswith("licenses/LICENSE")]
-    assert carried == package_files(root)
+    assert carried == package_files(root) | space_files(root)
+    assert "spaces/efficientsam/app.py" in carried
     assert "py.typed" in carried
     assert any(name.startswith("checkpoints/") and name.endswith(".safetensors") for name in carried)
     assert len(licenses) == 1
@@ -60,7 +67,7 @@ def test_wheel_carries_the_whole_package(root: Path, distributions: tuple[Path, 
 def test_source_distribution_carries_package_tests_and_texts(root: Path, distributions: tuple[Path, Path]) -> None:
     with tarfile.open(distributions[0]) as archive:
         carried = {name.partition("/")[2] for name in archive.getnames()}
-    assert {f"src/efficientsam_hf/{name}" for name in package_files(root)} <= carried
+    assert {f"src/efficientsam_hf/{name}" for name in package_files(root)} | space_files(root) <= carried
     assert {"LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt", "tests/conftest.py"} <= carried
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Released EfficientSAM checkpoints (yformer/EfficientSAM, Apache-2.0) to `save_pretrained` folders."""
+"""Released EfficientSAM checkpoints to folders for `from_pretrained` and the Hub."""
 
+import hashlib
 import io
 import os
 import pickle
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-from .files import write_folder
+from .files import write_folder, write_png, write_text
+from .hub.model_card import SCENES_PREVIEW, released_card
+from .hub.previews import draw_scenes
 from .models.configuration_efficientsam import VISION_PRESETS, EfficientSamConfig
 from .models.image_processing_efficientsam import EfficientSamImageProcessor
 from .models.modeling_efficientsam import EfficientSamModel
@@ -47,15 +50,17 @@ RENAMES = [
 BOX_CORNERS = ("prompt_encoder.bbox_top_left_embeddings.weight", "prompt_encoder.bbox_bottom_right_embeddings.weight")
 
 
-# What reading and unpickling raise on files that are damaged or something else.
 # Thresholds of segment-everything in the notebook of the released code (yformer/EfficientSAM, notebooks).
 RELEASED_MASK_GENERATION = {"pred_iou_thresh": 0.7, "stability_score_thresh": 0.9}
+# What reading and unpickling raise on files that are damaged or something else.
 NO_CHECKPOINT = (RuntimeError, EOFError, LookupError, AssertionError, TypeError, struct.error)
 NO_CHECKPOINT += (zipfile.BadZipFile, zlib.error)
 
 
 def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike) -> EfficientSamConfig:
-    """Write the released checkpoint `source` as a folder that every `from_pretrained` takes.
+    """Write the released checkpoint `source` as a folder that every `from_pretrained` and `efficientsam push` take.
+
+    Beside the weights lie the code for `trust_remote_code` and a card that names the authors.
 
     Args:
         source: `efficient_sam_vitt.pt`, `efficient_sam_vits.pt`, or the zip in which the latter was released.
@@ -80,10 +85,14 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
         size=config.vision_config.image_size, mask_generation=RELEASED_MASK_GENERATION
     )
     processor = EfficientSamProcessor.for_model(config, image_processor)
+    card = released_card(model, source, hashlib.sha256(source.read_bytes()).hexdigest())
 
     def fill(folder: Path) -> None:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
+        (folder / SCENES_PREVIEW).parent.mkdir()
+        write_png(folder / SCENES_PREVIEW, draw_scenes(model.eval(), processor))
+        write_text(folder / "README.md", card)
 
     write_folder(destination, fill)
     return config

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from .. import __version__
-from . import benchmark, convert, evaluate, export, features, finetune, pretrain, segment
+from . import benchmark, convert, demo, evaluate, export, features, finetune, pretrain, push, segment
 
 
 INPUT_ERROR = 2
@@ -56,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"efficientsam-hf {__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an input error came from")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
-    for module in (segment, convert, evaluate, finetune, pretrain, features, export, benchmark):
+    for module in (segment, demo, convert, evaluate, finetune, pretrain, features, export, push, benchmark):
         module.add_parser(subparsers)
     return parser
 

@@ -2,6 +2,8 @@
 """`efficientsam benchmark`: what a model costs on this machine."""
 
 import argparse
+import datetime
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -27,7 +29,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 16, 64], metavar="N", help="prompts at once")
     parser.add_argument("--points-per-crop", type=int, default=32, metavar="N", help="grid of everything (32)")
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="runs of each, everything has one (5)")
-    parser.add_argument("--output", metavar="FILE.json", help="write times, machine and versions here")
+    parser.add_argument("--output", metavar="FILE.json", help="write times, command, machine and versions here")
     add_model_options(parser)
     parser.set_defaults(run=run)
 
@@ -47,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
         from ..machine import describe_machine, describe_versions
 
         record = {"model": args.model or "default", "dtype": str(model.dtype).removeprefix("torch."), "rows": rows}
+        record["command"] = shlex.join(["efficientsam", *args.argv])
+        record["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         record |= {"machine": describe_machine(model.device), "versions": describe_versions()}
         write_json(Path(args.output), record)
         print(f"wrote {args.output}")

@@ -26,6 +26,8 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--metrics", nargs="+", metavar="A.json", help="results of efficientsam evaluate --output, for the card"
     )
+    parser.add_argument("--speed", metavar="S.json", help="result of efficientsam benchmark --output, for the card")
+    parser.add_argument("--license", default="apache-2.0", metavar="ID", help="of the weights, by the Hub's names")
     parser.add_argument(
         "--average",
         nargs="+",
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Export and say what was written."""
     from transformers.utils.logging import disable_progress_bar
 
-    from ..hub import export_run
+    from ..hub.model_folder import export_run
 
     disable_progress_bar()
     destination = export_run(
@@ -51,9 +53,11 @@ def run(args: argparse.Namespace) -> int:
         args.destination,
         half=not args.full_precision,
         metrics=args.metrics,
+        speed=args.speed,
         with_code=args.with_code,
         overwrite=args.overwrite,
         average=args.average,
+        license=args.license,
     )
     weights = sum(path.stat().st_size for path in destination.glob("*.safetensors"))
     print(f"wrote {args.destination}: {weights / 1e6:.1f} MB of weights")

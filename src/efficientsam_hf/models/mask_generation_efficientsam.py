@@ -30,7 +30,7 @@ from .rle_efficientsam import compress_counts, decode_rle, runs_to_counts, windo
 
 
 IMAGES_AT_ONCE = 8  # crops that the encoder takes in one batch
-MASKS_HELD = 512  # candidates whose logits are kept; those of lower score are decoded again when their turn comes
+MASKS_HELD = 256  # candidates whose logits are kept; those of lower score are decoded again when their turn comes
 MASKS_AT_ONCE = 16  # candidates that are looked at before the next ones are suppressed
 STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack, where a mask has at least
 STABILITY_CELLS = 64  # so many cells; that of smaller ones says too little

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Space under load: visitors who click on different pictures at once, each answer checked.
+
+Usage: python benchmarks/space_load.py [--clients 20] [--seconds 120] [--pause 1.0] [--json FILE]
+
+Starts the Space on loopback with the checkpoint that ships, its code in the folder as on the Hub. Every client has a
+picture of its own, and knows the model's answers for it beforehand: scores and area of each click are compared, and
+every few clicks the mask itself. Times are those of whole clicks, from the event to all that the page shows, without
+the picture's encoding; pauses between them are random around --pause. Ends with 1 after an error or a wrong answer.
+"""
+
+import argparse
+import io
+import json
+import random
+import re
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image, ImageOps
+
+from efficientsam_hf.machine import describe_machine
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "spaces" / "efficientsam"))
+
+import drawing
+from segmenting import Candidates, Segmenter
+from space_server import SPACE, SpaceServer, Visitor, save_model_with_code
+
+
+CLICKS_KNOWN = 8  # different clicks of each client
+CLICKS_PER_MASK = 5  # so many for each mask that is compared pixel by pixel
+SCORE_TOLERANCE, SHARE_TOLERANCE, PIXEL_TOLERANCE = 0.011, 0.11, 1e-3  # what is printed is rounded
+SECONDS_BETWEEN_SAMPLES = 0.25
+STATUS = re.compile(r"Predicted IoU ([\d.]+), ([\d.]+) % of the picture. Decoded in ([\d,]+) ms")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=120, help="how long they click")
+    parser.add_argument("--pause", type=float, default=1.0, help="mean seconds between two clicks of a client")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers here")
+    args = parser.parse_args()
+    if args.clients < 1 or args.seconds <= 0 or args.pause < 0:
+        parser.error("--clients and --seconds must be positive, and --pause not negative")
+    return args
+
+
+@dataclass
+class KnownClick:
+    """A pixel of the view, and what the model answers: share of the picture in percent, mask (H, W), scores (3)."""
+
+    place: tuple[int, int]
+    scores: list[float]
+    share: float
+    mask: np.ndarray
+
+
+@dataclass
+class Client:
+    """One visitor and what became of its clicks."""
+
+    number: int
+    picture: bytes
+    clicks: list[KnownClick]
+    milliseconds: list[float] = field(default_factory=list)
+    decoder_milliseconds: list[float] = field(default_factory=list)
+    masks_compared: int = 0
+    errors: list[str] = field(default_factory=list)
+
+    def run(self, url: str, ready: threading.Barrier, seconds: float, pause: float) -> None:
+        """Load the picture, wait for the others, click until time is up, leave."""
+        chance = random.Random(self.number)
+        try:
+            visitor = Visitor(url)
+            visitor.load(self.picture, f"picture_{self.number}.jpg")
+            ready.wait(600)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                self._click(visitor, chance.choice(self.clicks))
+                time.sleep(chance.uniform(0, 2 * pause))
+            visitor.send("leave")
+        except Exception as error:  # whatever it is, it is a result of this measurement
+            self.errors.append(f"client {self.number}: {type(error).__name__}: {error}")
+            ready.abort()
+
+    def _click(self, visitor: Visitor, known: KnownClick) -> None:
+        visitor.send("reset")
+        start = time.perf_counter()
+        changes = visitor.click(*known.place)
+        self.milliseconds.append(1000 * (time.perf_counter() - start))
+        score, share, decoded = (float(text.replace(",", "")) for text in STATUS.search(changes["status"]).groups())
+        self.decoder_milliseconds.append(decoded)
+        captions = [float(entry["caption"].split()[-1]) for entry in changes["gallery"]["value"]]
+        near = np.abs(np.subtract([score, *captions], [known.scores[0], *known.scores])).max() <= SCORE_TOLERANCE
+        if not near or abs(share - known.share) > SHARE_TOLERANCE:
+            self.errors.append(f"client {self.number}: wrong answer at {known.place}: {score}, {captions}, {share} %")
+        if len(self.milliseconds) % CLICKS_PER_MASK == 0:
+            self._compare_mask(visitor, known)
+
+    def _compare_mask(self, visitor: Visitor, known: KnownClick) -> None:
+        with Image.open(io.BytesIO(visitor.mask_files()["mask.png"])) as image:
+            mask = np.asarray(image) > 127
+        self.masks_compared += 1
+        if mask.shape != known.mask.shape or (mask != known.mask).mean() > PIXEL_TOLERANCE:
+            self.errors.append(f"client {self.number}: wrong mask at {known.place}")
+
+
+def make_picture(number: int) -> Image.Image:
+    """A photo of its own for each client: an example, cut, mirrored and turned in colour."""
+    chance = random.Random(number)
+    files = sorted((SPACE / "examples").glob("*.jpg"))
+    with Image.open(files[number % len(files)]) as image:
+        picture = image.convert("RGB")
+    left, top = (round(chance.uniform(0, 0.25) * side) for side in picture.size)
+    picture = picture.crop((left, top, picture.width, picture.height))
+    picture = ImageOps.mirror(picture) if chance.random() < 0.5 else picture
+    bands = list(picture.split())
+    chance.shuffle(bands)
+    return Image.merge("RGB", bands)
+
+
+def make_client(number: int, segmenter: Segmenter) -> Client:
+    """A client whose picture is as the server will read it, with the answers to its clicks."""
+    buffer = io.BytesIO()
+    make_picture(number).save(buffer, "JPEG", quality=92)
+    with Image.open(io.BytesIO(buffer.getvalue())) as image:
+        picture = image.convert("RGB")
+    view, embedding = drawing.make_view(picture), segmenter.embed(picture)
+    chance = random.Random(1000 + number)
+    clicks = []
+    while len(clicks) < CLICKS_KNOWN:
+        place = tuple(chance.randrange(side) for side in view.size)
+        candidates = segmenter.decode(embedding, [drawing.view_to_picture(place, view.size, picture.size)], [1])
+        if clear_order(candidates):
+            shown, mask = segmenter.mask(candidates, 0, (view.height, view.width)), segmenter.mask(candidates, 0)
+            clicks.append(KnownClick(place, candidates.scores, 100 * float(shown.mean()), mask))
+    return Client(number, buffer.getvalue(), clicks)
+
+
+def clear_order(candidates: Candidates) -> bool:
+    """Whether rounding cannot swap the best two masks."""
+    return candidates.scores[0] - candidates.scores[1] > 1e-3
+
+
+def bare_decoder(segmenter: Segmenter, repeats: int = 30) -> list[float]:
+    """Milliseconds of the decoder alone, nothing else running here."""
+    embedding = segmenter.embed(make_picture(0))
+    point = [embedding.size[1] / 2, embedding.size[0] / 2]
+    return [segmenter.decode(embedding, [point], [1]).milliseconds for _ in range(repeats)][5:]
+
+
+def memory_of(process: int) -> float:
+    """Resident memory of a process in MB (Linux)."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) / 1000
+
+
+def watch(process: int, stop: threading.Event, samples: list[float]) -> None:
+    """Sample a process's memory until told to stop."""
+    while not stop.wait(SECONDS_BETWEEN_SAMPLES):
+        samples.append(memory_of(process))
+
+
+def in_background(call: Callable[..., None], *values: Any) -> threading.Thread:
+    thread = threading.Thread(target=call, args=values, daemon=True)
+    thread.start()
+    return thread
+
+
+def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Start the Space, let the clients click, -> the numbers."""
+    model = save_model_with_code(folder / "model")
+    segmenter = Segmenter(str(model))
+    clients = [make_client(number, segmenter) for number in range(args.clients)]
+    with SpaceServer(folder, model) as server:
+        bare = bare_decoder(segmenter)
+        before, samples, stop = memory_of(server.process.pid), [], threading.Event()
+        watcher = in_background(watch, server.process.pid, stop, samples)
+        ready = threading.Barrier(args.clients)
+        threads = [in_background(client.run, server.url, ready, args.seconds, args.pause) for client in clients]
+        for thread in threads:
+            thread.join()
+        stop.set()
+        watcher.join()
+        bare += bare_decoder(segmenter)
+        after = memory_of(server.process.pid)
+        traceback = "Traceback" in server.log.read_text()
+    clicks = [value for client in clients for value in client.milliseconds]
+    return {
+        "clicks": len(clicks),
+        "masks_compared": sum(client.masks_compared for client in clients),
+        "errors": [error for client in clients for error in client.errors] + ["traceback in the log"] * traceback,
+        "click_ms": percentiles(clicks),
+        "server_decoder_ms": percentiles([value for client in clients for value in client.decoder_milliseconds]),
+        "bare_decoder_ms": percentiles(bare),
+        "memory_mb": {"before": before, "most": max(samples), "after": after},
+    }
+
+
+def percentiles(values: list[float]) -> dict[str, float]:
+    """Median and 95th percentile; NaN for both where there are no values."""
+    if not values:
+        return {"median": float("nan"), "p95": float("nan")}
+    return {"median": statistics.median(values), "p95": float(np.percentile(values, 95))}
+
+
+def main() -> int:
+    args = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(args, Path(folder))
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    date, machine = datetime.now(timezone.utc).isoformat(timespec="seconds"), describe_machine()
+    print(f"{args.clients} clients, {args.seconds:g} s, {results['clicks']} clicks, {results['masks_compared']} masks "
+          f"compared, {len(results['errors'])} errors\n{machine}, {versions}, {date}")  # fmt: skip
+    for name, key in (
+        ("click, whole", "click_ms"),
+        ("decoder in it", "server_decoder_ms"),
+        ("decoder alone", "bare_decoder_ms"),
+    ):
+        print(f"{name:<16}{results[key]['median']:>9.1f} ms median{results[key]['p95']:>9.1f} ms 95th percentile")
+    memory = results["memory_mb"]
+    print(f"memory of the server: {memory['before']:.0f} MB before, {memory['most']:.0f} MB at most, "
+          f"{memory['after']:.0f} MB after")  # fmt: skip
+    print("\n".join(results["errors"][:20]))
+    if args.json:
+        record = {"arguments": vars(args), "results": results, "machine": machine, "versions": versions, "date": date}
+        partial = Path(args.json).with_suffix(".partial")
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        partial.replace(args.json)
+    return 1 if results["errors"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

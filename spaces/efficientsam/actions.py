@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens on the page: every event's handler, from a visitor's session to what the components show."""
+
+import functools
+import html
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import downloads
+import drawing
+import gradio as gr
+import numpy as np
+from gradio.processing_utils import save_bytes_to_cache
+from pictures import InputError, open_picture, picture_name
+from PIL import Image
+from segmenting import Everything, Segmenter, check_prompts
+from sessions import Click, Prompts, Session
+from widgets import BACKGROUND, BOX, CLICK, EVERYTHING, EXAMPLES, FOLDER, HINTS, Widgets, readable, view_file
+
+
+ROWS_SHOWN = 200
+GONE = "The picture is no longer here. Choose it again."
+Updates = dict[Any, Any]
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the page is set: mode, what a click marks, transparency in percent, thresholds of everything."""
+
+    mode: str
+    kind: str
+    transparency: float
+    predicted_iou: float
+    stability: float
+
+    @property
+    def opacity(self) -> float:
+        """Of masks, 0 to 1."""
+        return 1 - self.transparency / 100
+
+
+def handler(method: Callable[..., Updates]) -> Callable[..., Updates]:
+    """A method whose InputError is shown to the visitor."""
+
+    @functools.wraps(method)
+    def call(*args: Any) -> Updates:
+        try:
+            return method(*args)
+        except InputError as error:
+            raise readable(error) from None
+
+    return call
+
+
+class Actions:
+    """Handlers of events. Each returns what changes on the page, by component, and the session that it was given."""
+
+    def __init__(self, segmenter: Segmenter, widgets: Widgets):
+        self.segmenter = segmenter
+        self.widgets = widgets
+
+    @handler
+    def load(self, session: Session, path: str | None, *look: Any) -> Updates:
+        """Open and encode a picture that was uploaded, pasted or taken."""
+        if path is None:
+            return {self.widgets.session: session}
+        return self._take(session, path, Look(*look))
+
+    @handler
+    def load_example(self, session: Session, name: str, *look: Any) -> Updates:
+        """Open and encode an example by its name."""
+        if name not in EXAMPLES:
+            raise InputError("There is no such example.")
+        return self._take(session, FOLDER / "examples" / EXAMPLES[name], Look(*look))
+
+    def leave(self, session: Session) -> Updates:
+        """Free the picture and go back to the start."""
+        session.free()
+        w = self.widgets
+        shown = {w.start: gr.update(visible=True), w.work: gr.update(visible=False), w.upload: None, w.canvas: None}
+        return {**shown, w.files: gr.update(value=None, visible=False), w.table: "", w.session: session}
+
+    def change_mode(self, session: Session, *look: Any) -> Updates:
+        """Show the controls and the picture of another mode."""
+        w, mode = self.widgets, Look(*look).mode
+        controls = {
+            w.kind: gr.update(visible=mode == CLICK),
+            w.hint: f"<p>{HINTS[mode]}</p>",
+            w.automatic: gr.update(visible=mode == EVERYTHING),
+            w.undo: gr.update(visible=mode != EVERYTHING),
+        }
+        return {**controls, **self._shown(session, Look(*look))}
+
+    @handler
+    def click(self, event: gr.SelectData, session: Session, *look: Any) -> Updates:
+        """A click on the picture: a point, a corner of a box, or the question what lies there."""
+        look = Look(*look)
+        self._require_picture(session)
+        x, y = session.picture_point(event.index)
+        if look.mode == EVERYTHING:
+            return self._name_mask(session, look, x, y)
+        label = None if look.mode == BOX else int(look.kind != BACKGROUND)
+        return self._answer(session, look, [Click(x, y, label)])
+
+    @handler
+    def add(self, session: Session, text: str, *look: Any) -> Updates:
+        """A point or a box that was typed."""
+        look = Look(*look)
+        self._require_picture(session)
+        numbers = parse_coordinates(text)
+        size = (session.picture.height, session.picture.width)
+        if len(numbers) == 2:
+            check_prompts([numbers], [1], None, size)
+            clicks = [Click(*numbers, int(look.kind != BACKGROUND))]
+        else:
+            check_prompts([], [], tuple(numbers), size)
+            clicks = [Click(*numbers[:2], None), Click(*numbers[2:], None)]
+        return {self.widgets.coordinates: "", **self._answer(session, look, clicks)}
+
+    @handler
+    def undo(self, session: Session, *look: Any) -> Updates:
+        """Take the last click back."""
+        self._require_picture(session)
+        with session.lock:
+            prompts = Prompts(session.prompts.clicks[:-1])
+            self._decode(session, prompts)
+        return self._shown(session, Look(*look))
+
+    @handler
+    def reset(self, session: Session, *look: Any) -> Updates:
+        """Start anew on the same picture."""
+        self._require_picture(session)
+        look = Look(*look)
+        if look.mode == EVERYTHING:
+            session.forget_everything()
+        else:
+            session.forget_prompts()
+        return self._shown(session, look)
+
+    @handler
+    def choose(self, event: gr.SelectData, session: Session, *look: Any) -> Updates:
+        """Take another of the three masks."""
+        with session.lock:
+            if session.candidates is not None and event.index in range(len(session.candidates.scores)):
+                session.chosen = event.index
+        return self._shown(session, Look(*look), with_gallery=False)
+
+    @handler
+    def find_everything(self, session: Session, grid: int, *look: Any) -> Updates:
+        """Segment everything with low thresholds, and keep it."""
+        self._require_picture(session)
+        picture = session.picture
+        found = self.segmenter.everything(picture, grid)
+        with session.lock:
+            if session.picture is picture:
+                session.keep_everything(found)
+        return self._shown(session, Look(*look))
+
+    def redraw(self, session: Session, *look: Any) -> Updates:
+        """Another transparency or threshold."""
+        return self._shown(session, Look(*look), with_gallery=False)
+
+    @handler
+    def make_files(self, session: Session, *look: Any) -> Updates:
+        """Write what is on the screen at the size of the picture."""
+        look = Look(*look)
+        self._require_picture(session)
+        with session.lock:
+            if look.mode == EVERYTHING:
+                files = self._files_of_everything(session, look)
+            else:
+                files = self._files_of_candidate(session, look)
+        folder = self.widgets.files.GRADIO_CACHE
+        paths = [save_bytes_to_cache(content, name, folder) for name, content in files.items()]
+        return {self.widgets.files: gr.update(value=paths, visible=True), self.widgets.session: session}
+
+    def _take(self, session: Session, path: str | Path, look: Look) -> Updates:
+        picture = open_picture(path)
+        session.take(picture, picture_name(path), self.segmenter.embed(picture))
+        w = self.widgets
+        shown = {w.start: gr.update(visible=False), w.work: gr.update(visible=True), w.upload: None}
+        return {**shown, **self._shown(session, look)}
+
+    def _require_picture(self, session: Session) -> None:
+        if session.picture is None:
+            raise InputError(GONE)
+
+    def _answer(self, session: Session, look: Look, clicks: list[Click]) -> Updates:
+        """Add clicks and decode; prompts that are refused are not kept."""
+        with session.lock:
+            self._decode(session, Prompts([*session.prompts.clicks, *clicks]))
+        return self._shown(session, look)
+
+    def _decode(self, session: Session, prompts: Prompts) -> None:
+        candidates = None
+        if prompts.asks():
+            candidates = self.segmenter.decode(session.embedding, prompts.points, prompts.labels, prompts.box)
+        session.prompts, session.candidates, session.chosen = prompts, candidates, 0
+
+    def _name_mask(self, session: Session, look: Look, x: float, y: float) -> Updates:
+        """Say which mask of everything lies under a pixel of the picture: the smallest, if there are several."""
+        kept, windows = self._kept(session, look)
+        column, row = (
+            round(value) for value in drawing.picture_to_view((x, y), session.view.size, session.picture.size)
+        )
+        ranks = [rank for rank, window in enumerate(windows) if drawing.covers(window, column, row)]
+        text = "There is no mask here."
+        if ranks:
+            rank = min(ranks, key=lambda rank: session.everything.areas[kept[rank]])
+            text = f"Mask {rank + 1}: {describe(session.everything, kept[rank])}."
+        return {self.widgets.status: paragraph(text), self.widgets.session: session}
+
+    def _kept(self, session: Session, look: Look) -> tuple[np.ndarray, list[drawing.Window]]:
+        """Numbers of the masks of everything that are shown, and what they cover of the view."""
+        if session.everything is None:
+            return np.zeros(0, int), []
+        kept = session.everything.above(look.predicted_iou, look.stability)
+        return kept, [session.windows[index] for index in kept]
+
+    def _shown(self, session: Session, look: Look, with_gallery: bool = True) -> Updates:
+        """What the page shows of a session; files that were made before are out of date."""
+        w = self.widgets
+        with session.lock:
+            if session.picture is None:
+                return {w.session: session}
+            shown = {w.session: session, w.files: gr.update(value=None, visible=False)}
+            if look.mode == EVERYTHING:
+                return {**shown, w.prompted: gr.update(visible=False), **self._shown_everything(session, look)}
+            return {**shown, **self._shown_candidates(session, look, with_gallery)}
+
+    def _shown_candidates(self, session: Session, look: Look, with_gallery: bool) -> Updates:
+        w, candidates = self.widgets, session.candidates
+        canvas, share = session.view.copy(), 0.0
+        answered = candidates is not None
+        shown: Updates = {w.make_files: gr.update(interactive=answered), w.prompted: gr.update(visible=answered)}
+        if candidates is not None:
+            mask = self.segmenter.mask(candidates, session.chosen, (canvas.height, canvas.width))
+            share = float(mask.mean())
+            drawing.draw_mask(canvas, drawing.mask_window(mask), drawing.PALETTE[0], look.opacity)
+            if with_gallery:
+                small = self.segmenter.masks(candidates, (session.small.height, session.small.width))
+                shown[w.gallery] = gallery_update(session, small)
+        draw_prompts(canvas, session)
+        text = status_of_prompts(session, look.mode, share)
+        shown[w.canvas] = gr.update(value=view_file(canvas, w.canvas), alt_text=f"Your picture. {text}")
+        return {**shown, w.status: paragraph(text)}
+
+    def _shown_everything(self, session: Session, look: Look) -> Updates:
+        w = self.widgets
+        kept, windows = self._kept(session, look)
+        canvas = session.view.copy()
+        drawing.draw_windows(canvas, windows, kept.tolist(), look.opacity)
+        text = status_of_everything(session, len(kept))
+        return {
+            w.canvas: gr.update(value=view_file(canvas, w.canvas), alt_text=f"Your picture. {text}"),
+            w.status: paragraph(text),
+            w.table: "" if session.everything is None else table_of(session.everything, kept),
+            w.make_files: gr.update(interactive=len(kept) > 0),
+        }
+
+    def _files_of_candidate(self, session: Session, look: Look) -> dict[str, bytes]:
+        if session.candidates is None:
+            raise InputError("There is no mask yet. Click on an object first.")
+        mask = self.segmenter.mask(session.candidates, session.chosen)
+        overlay = session.picture.copy()
+        drawing.draw_mask(overlay, drawing.mask_window(mask), drawing.PALETTE[0], look.opacity)
+        coco = downloads.candidates_to_coco(session.name, mask[None], [session.candidates.scores[session.chosen]])
+        return {
+            "cutout.png": downloads.cutout_png(session.picture, mask),
+            "mask.png": downloads.to_png(downloads.mask_image(mask)),
+            "overlay.jpg": downloads.to_jpeg(overlay),
+            "masks.json": downloads.to_json(coco),
+        }
+
+    def _files_of_everything(self, session: Session, look: Look) -> dict[str, bytes]:
+        kept, _ = self._kept(session, look)
+        if not len(kept):
+            raise InputError("There are no masks yet. Find everything first, or lower the thresholds.")
+        found = session.everything.only(kept)
+        overlay = session.picture.copy()
+        windows = [drawing.view_window(mask, overlay.size) for mask in found.masks]
+        drawing.draw_windows(overlay, windows, kept.tolist(), look.opacity)
+        return {
+            "labels.png": downloads.to_png(downloads.label_image(found)),
+            "overlay.jpg": downloads.to_jpeg(overlay),
+            "masks.json": downloads.to_json(downloads.everything_to_coco(session.name, found)),
+        }
+
+
+def parse_coordinates(text: str) -> list[float]:
+    """Two or four numbers with commas or spaces between them; InputError for anything else."""
+    try:
+        numbers = [float(part) for part in str(text).replace(",", " ").split()[:5]]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (2, 4):
+        raise InputError("Type two numbers, x, y, or four, x0, y0, x1, y1.")
+    return numbers
+
+
+def draw_prompts(canvas: Image.Image, session: Session) -> None:
+    """The session's box, points and first corner on its view."""
+    sizes = (session.view.size, session.picture.size)
+    prompts = session.prompts
+    if prompts.box is not None:
+        corners = (drawing.picture_to_view(corner, *sizes) for corner in (prompts.box[:2], prompts.box[2:]))
+        drawing.draw_box(canvas, [value for corner in corners for value in corner])
+    drawing.draw_points(canvas, [drawing.picture_to_view(point, *sizes) for point in prompts.points], prompts.labels)
+    if prompts.corner is not None:
+        drawing.draw_corner(canvas, drawing.picture_to_view((prompts.corner.x, prompts.corner.y), *sizes))
+
+
+def gallery_update(session: Session, masks: np.ndarray) -> Any:
+    """Thumbnails of the candidates, (M, h, w) of the small picture's size, the chosen one selected."""
+    captions = [f"IoU {score:.2f}" for score in session.candidates.scores]
+    thumbnails = [drawing.fade_around(session.small, mask) for mask in masks]
+    return gr.update(value=list(zip(thumbnails, captions)), selected_index=session.chosen)
+
+
+def status_of_prompts(session: Session, mode: str, share: float) -> str:
+    """One or two sentences on where the visitor stands."""
+    encoded = f"encoded once in {session.embedding.milliseconds:,.0f} ms"
+    if session.prompts.corner is not None:
+        return "First corner set. Click on the opposite corner."
+    if session.candidates is None:
+        if session.prompts.clicks:
+            return "Click on the object too."
+        return f"{session.picture.width:,} x {session.picture.height:,} pixels, {encoded}."
+    score = session.candidates.scores[session.chosen]
+    return (
+        f"Predicted IoU {score:.2f}, {100 * share:.1f} % of the picture. Decoded in "
+        f"{session.candidates.milliseconds:,.0f} ms, the picture {encoded}."
+    )
+
+
+def status_of_everything(session: Session, shown: int) -> str:
+    """How many masks there are, and what they took."""
+    if session.everything is None:
+        return f"{session.picture.width:,} x {session.picture.height:,} pixels. Nothing searched yet."
+    seconds = session.everything.milliseconds / 1000
+    return f"{shown} of {len(session.everything.masks)} masks shown. Found in {seconds:,.1f} s."
+
+
+def describe(found: Everything, index: int) -> str:
+    """Area and scores of one mask of everything."""
+    return (
+        f"{int(found.areas[index]):,} pixels, predicted IoU {found.scores[index]:.2f}, "
+        f"stability {found.stability[index]:.2f}"
+    )
+
+
+def table_of(found: Everything, kept: np.ndarray) -> str:
+    """Masks of everything as an HTML table."""
+    rows = []
+    for rank, index in enumerate(kept[:ROWS_SHOWN], 1):
+        color = "rgb({}, {}, {})".format(*drawing.object_color(int(index)))
+        rows.append(
+            f'<tr><th scope="row"><span class="swatch" style="background: {color}"></span>{rank}</th>'
+            f"<td>{int(found.areas[index]):,}</td><td>{found.scores[index]:.2f}</td>"
+            f"<td>{found.stability[index]:.2f}</td></tr>"
+        )
+    more = f"<p>and {len(kept) - ROWS_SHOWN} more, all in masks.json</p>" if len(kept) > ROWS_SHOWN else ""
+    head = "".join(f'<th scope="col">{name}</th>' for name in ("Mask", "Area (pixels)", "Predicted IoU", "Stability"))
+    return (
+        '<div class="scroll" tabindex="0" role="region" aria-label="Masks">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>{more}</div>"
+    )
+
+
+def paragraph(text: str) -> str:
+    """A text that screen readers announce when it changes."""
+    return f'<p role="status" aria-live="polite">{html.escape(text)}</p>'

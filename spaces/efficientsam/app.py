@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EfficientSAM in the browser: segment with clicks, with a box, or everything.
+
+The model is the Hub repository or the folder in the setting MODEL_ID, loaded with the code that it carries. `python
+app.py` starts the server.
+"""
+
+import importlib.util
+import os
+import sys
+from typing import Any
+
+import gradio as gr
+from actions import Actions
+from endpoints import add_endpoints
+from pictures import MAX_BYTES
+from segmenting import Segmenter
+from widgets import FOLDER, Widgets, build_widgets
+
+
+SETTING = "MODEL_ID"
+WAITING_AT_MOST = 64  # events in the queue, beyond which visitors are told to come back
+SESSIONS_AT_MOST = 40  # the oldest are dropped: each may hold a picture of 75 MB
+SECONDS_BETWEEN_CLEANINGS, SECONDS_OF_FILES = 600, 3600
+# Whoever waits for the encoder does not hold up those who click: a click takes milliseconds.
+ENCODER = {"concurrency_id": "encoder", "concurrency_limit": 1}
+DECODER = {"concurrency_id": "decoder", "concurrency_limit": 1}
+
+
+def model_id() -> str:
+    """The setting MODEL_ID; ValueError if it is missing."""
+    name = os.environ.get(SETTING, "").strip()
+    if not name:
+        raise ValueError(f"the setting {SETTING} is missing: set it to a Hub repository or a folder with a model")
+    return name
+
+
+def build(segmenter: Segmenter) -> gr.Blocks:
+    """The app on a model."""
+    files = (SECONDS_BETWEEN_CLEANINGS, SECONDS_OF_FILES)
+    with gr.Blocks(title="EfficientSAM", analytics_enabled=False, delete_cache=files) as app:
+        widgets = build_widgets(segmenter)
+        _connect(widgets, Actions(segmenter, widgets))
+        add_endpoints(segmenter, **ENCODER)
+    return app.queue(max_size=WAITING_AT_MOST, default_concurrency_limit=1)
+
+
+def launch(app: gr.Blocks, **options: Any) -> Any:
+    """Serve the app; `options` are those of `gr.Blocks.launch`."""
+    return app.launch(
+        theme=gr.themes.Default(
+            primary_hue="emerald",
+            neutral_hue="slate",
+            font=["system-ui", "sans-serif"],
+            font_mono=["ui-monospace", "monospace"],
+        ),
+        css_paths=FOLDER / "style.css",
+        max_file_size=MAX_BYTES,
+        state_session_capacity=SESSIONS_AT_MOST,
+        enable_monitoring=False,
+        run_history=False,
+        footer_links=["api"],
+        ssr_mode=False,
+        mcp_server=importlib.util.find_spec("mcp") is not None,
+        **options,
+    )
+
+
+def _connect(w: Widgets, actions: Actions) -> None:
+    """Tie events to their handlers."""
+    session, look = w.session, w.look
+    heavy = {"outputs": w.outputs, "api_visibility": "private", **ENCODER}
+    light = {"outputs": w.outputs, "api_visibility": "private", "show_progress": "hidden", **DECODER}
+    # Choosing the camera or the clipboard already counts as input, of nothing; a picture that comes while that is
+    # answered must not be dropped.
+    uploaded = w.upload.input(
+        actions.load, [session, w.upload, *look], show_progress_on=w.upload, trigger_mode="multiple", **heavy
+    )
+    uploaded.failure(lambda: None, outputs=w.upload, api_visibility="private", queue=False)
+    for button in w.examples:
+        button.click(actions.load_example, [session, button, *look], show_progress_on=w.upload, **heavy)
+    w.run.click(actions.find_everything, [session, w.grid, *look], show_progress_on=w.canvas, **heavy)
+    w.canvas.select(actions.click, [session, *look], trigger_mode="multiple", **light)
+    w.gallery.select(actions.choose, [session, *look], trigger_mode="always_last", **light)
+    w.mode.input(actions.change_mode, [session, *look], trigger_mode="always_last", **light)
+    w.undo.click(actions.undo, [session, *look], trigger_mode="multiple", **light)
+    w.reset.click(actions.reset, [session, *look], **light)
+    w.another.click(actions.leave, session, **light)
+    for slider in (w.transparency, w.predicted_iou, w.stability):
+        slider.input(actions.redraw, [session, *look], trigger_mode="always_last", **light)
+    gr.on(
+        [w.add.click, w.coordinates.submit],
+        actions.add,
+        [session, w.coordinates, *look],
+        **light,
+    )
+    w.make_files.click(actions.make_files, [session, *look], **{**light, "show_progress": "minimal"})
+
+
+def main() -> None:
+    """Load the model and serve until stopped."""
+    try:
+        segmenter = Segmenter(model_id())
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {str(error).strip().splitlines()[0]}")
+    launch(build(segmenter))
+
+
+if __name__ == "__main__":
+    main()

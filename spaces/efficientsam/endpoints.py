@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls for programs: a picture and prompts in, masks out, nothing kept. gradio_client and MCP clients see these."""
+
+import json
+from typing import Any
+
+import downloads
+import gradio as gr
+from pictures import InputError, open_picture, picture_name
+from PIL import Image
+from segmenting import Segmenter, short
+from widgets import PictureFile, readable
+
+
+LONGEST_TEXT = 10_000  # characters of prompts
+
+
+class Endpoints:
+    """The stateless calls on one model."""
+
+    def __init__(self, segmenter: Segmenter):
+        self.segmenter = segmenter
+
+    def segment_points(self, image: str, points: Any, labels: Any = None) -> tuple[dict[str, Any], Image.Image]:
+        """Cut one object out of a picture, from points on it and beside it.
+
+        Args:
+            image: the picture: JPEG, PNG, WebP, GIF or BMP.
+            points: list of [x, y] in pixels of the picture, from its top left corner, such as [[230, 120]].
+            labels: list with a 1 for each point on the object and a 0 for each beside it; all 1 when left out.
+
+        Returns:
+            A COCO instances file with the three masks that the points can mean, the most likely one (highest
+            predicted_iou) first, and that one as a black and white PNG of the picture's size.
+        """
+        try:
+            points = parse(points, "points")
+            labels = parse(labels, "labels")
+            labels = [1] * len(points) if labels is None and isinstance(points, list) else labels
+            return self._segment(image, points, labels, None)
+        except InputError as error:
+            raise readable(error) from None
+
+    def segment_box(self, image: str, box: Any) -> tuple[dict[str, Any], Image.Image]:
+        """Cut one object out of a picture, from a box around it.
+
+        Args:
+            image: the picture: JPEG, PNG, WebP, GIF or BMP.
+            box: [x0, y0, x1, y1] in pixels of the picture, from its top left corner, such as [100, 40, 300, 220].
+
+        Returns:
+            A COCO instances file with the three masks that the box can mean, the most likely one (highest
+            predicted_iou) first, and that one as a black and white PNG of the picture's size.
+        """
+        try:
+            box = parse(box, "box")
+            if box is None:
+                raise InputError("A box must be given: [x0, y0, x1, y1].")
+            return self._segment(image, [], [], box)
+        except InputError as error:
+            raise readable(error) from None
+
+    def segment_everything(
+        self, image: str, grid: int = 16, predicted_iou: float | None = None, stability: float | None = None
+    ) -> tuple[dict[str, Any], Image.Image]:
+        """Find all objects in a picture.
+
+        Args:
+            image: the picture: JPEG, PNG, WebP, GIF or BMP.
+            grid: points per side of the grid that is asked for: 8, 16 or 32.
+            predicted_iou: least predicted IoU of a mask, 0 to 1; the model's usual threshold when left out.
+            stability: least stability of a mask, 0 to 1; the model's usual threshold when left out.
+
+        Returns:
+            A COCO instances file with all masks, and a PNG in which each pixel has the id of its mask, 0 for none.
+        """
+        try:
+            limits = [
+                check_threshold(self.segmenter.predicted_iou if predicted_iou is None else predicted_iou),
+                check_threshold(self.segmenter.stability if stability is None else stability),
+            ]
+            picture = open_given(image)
+            found = self.segmenter.everything(picture, grid)
+            found = found.only(found.above(*limits))
+            return downloads.everything_to_coco(picture_name(image), found), downloads.label_image(found)
+        except InputError as error:
+            raise readable(error) from None
+
+    def _segment(self, image: str, points: Any, labels: Any, box: Any) -> tuple[dict[str, Any], Image.Image]:
+        picture = open_given(image)
+        candidates = self.segmenter.segment(picture, points, labels, box)
+        masks = self.segmenter.masks(candidates)
+        coco = downloads.candidates_to_coco(picture_name(image), masks, candidates.scores)
+        return coco, downloads.mask_image(masks[0])
+
+
+def add_endpoints(segmenter: Segmenter, **limits: Any) -> None:
+    """Offer the calls in the current `gr.Blocks`; `limits` are those of its events."""
+    endpoints = Endpoints(segmenter)
+    with gr.Group(visible=False):
+        image = PictureFile(type="filepath", label="Image")
+        points = _json_input("Points", [[230, 120]])
+        labels = _json_input("Labels", [1])
+        box = _json_input("Box", [100, 40, 300, 220])
+        grid = gr.Number(16, label="Grid", precision=0)
+        predicted_iou, stability = gr.Number(label="Predicted IoU"), gr.Number(label="Stability")
+        coco = gr.JSON(label="COCO")
+        mask, numbers = (gr.Image(format="png", label=name, buttons=[]) for name in ("Mask", "Numbers"))
+        trigger = gr.Button()
+    calls = {
+        "segment_points": ([image, points, labels], mask),
+        "segment_box": ([image, box], mask),
+        "segment_everything": ([image, grid, predicted_iou, stability], numbers),
+    }
+    for name, (inputs, picture) in calls.items():
+        trigger.click(getattr(endpoints, name), inputs, [coco, picture], api_name=name, **limits)
+
+
+def _json_input(label: str, example: Any) -> gr.JSON:
+    """A JSON input with an example of what it takes for the pages that describe the calls."""
+    component = gr.JSON(label=label)
+    component.example_payload = component.example_value = lambda: example
+    return component
+
+
+def open_given(image: str | None) -> Image.Image:
+    """The picture of a call; InputError if there is none."""
+    if image is None:
+        raise InputError("An image must be given.")
+    return open_picture(image)
+
+
+def parse(value: Any, name: str) -> Any:
+    """A list as it is, or written as JSON; InputError for a text that is none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value[: LONGEST_TEXT + 1]) if len(value) <= LONGEST_TEXT else None
+    except (ValueError, RecursionError):
+        raise InputError(f"{name} must be a list, as JSON; got {short(value)}.") from None
+
+
+def check_threshold(value: Any) -> float:
+    """A number from 0 to 1; InputError for anything else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise InputError(f"A threshold must be a number from 0 to 1, got {short(value)}.")
+    return float(value)

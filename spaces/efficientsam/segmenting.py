@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calls of the model: a picture is encoded once, prompts on it are decoded, and everything in it is segmented.
+
+Points and boxes are pixels of the picture, x to the right and y down; 0 <= x <= W and 0 <= y <= H are inside.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from pictures import InputError
+from PIL import Image
+from transformers import AutoProcessor, pipeline
+
+
+MAX_POINTS = 32
+LARGEST_NUMBER = 1e9  # beyond it a coordinate is no number of pixels
+GRIDS = (8, 16, 32)  # points per side that everything can be asked for
+# Everything is computed with thresholds as low as these (or the checkpoint's own, where those are lower) and kept.
+LOWEST_PREDICTED_IOU = 0.3
+LOWEST_STABILITY = 0.5
+# Where a checkpoint says nothing: those of Segment Anything.
+USUAL_PREDICTED_IOU = 0.88
+USUAL_STABILITY = 0.95
+
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What the encoder makes of a picture of `size` (height, width), and how long it took."""
+
+    tensor: torch.Tensor
+    size: tuple[int, int]
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Masks that one prompt can mean, the one with the highest predicted IoU first.
+
+    `logits` (M, h, w) at low resolution, `scores` (M) predicted IoU, `size` (height, width) of the picture.
+    """
+
+    logits: torch.Tensor
+    scores: list[float]
+    size: tuple[int, int]
+    milliseconds: float
+
+
+@dataclass(frozen=True)
+class Everything:
+    """Masks of all that is in a picture, of the highest predicted IoU first: K run lengths, and (K) values of each."""
+
+    masks: list[dict[str, Any]]
+    scores: np.ndarray
+    stability: np.ndarray
+    areas: np.ndarray
+    size: tuple[int, int]
+    milliseconds: float
+
+    def above(self, predicted_iou: float, stability: float) -> np.ndarray:
+        """Numbers (N) of the masks that reach both thresholds; nothing is computed again."""
+        return np.flatnonzero((self.scores >= predicted_iou) & (self.stability >= stability))
+
+    def only(self, kept: np.ndarray) -> "Everything":
+        """These masks alone, by their numbers (N)."""
+        values = (self.scores[kept], self.stability[kept], self.areas[kept])
+        return Everything([self.masks[index] for index in kept], *values, self.size, self.milliseconds)
+
+
+class Segmenter:
+    """The model and the processor of a Hub repository or a folder, as its mask-generation pipeline loads them."""
+
+    def __init__(self, model_id: str):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.name = model_id
+        self.generator = pipeline("mask-generation", model=model_id, trust_remote_code=True, device=device)
+        self.model = self.generator.model
+        self.processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True)
+        options = getattr(self.processor.image_processor, "mask_generation", None) or {}
+        self.predicted_iou = float(options.get("pred_iou_thresh", USUAL_PREDICTED_IOU))
+        self.stability = float(options.get("stability_score_thresh", USUAL_STABILITY))
+        self.background_points = bool(getattr(self.processor, "background_points", True))
+
+    @property
+    def lowest_thresholds(self) -> tuple[float, float]:
+        """Predicted IoU and stability that everything is computed with."""
+        return min(LOWEST_PREDICTED_IOU, self.predicted_iou), min(LOWEST_STABILITY, self.stability)
+
+    @torch.inference_mode()
+    def embed(self, picture: Image.Image) -> Embedding:
+        """Encode a picture."""
+        start = time.perf_counter()
+        pixels = self.processor.image_processor(images=picture, return_tensors="pt")["pixel_values"]
+        tensor = self.model.get_image_embeddings(pixels.to(self.model.device, self.model.dtype))
+        return Embedding(tensor, (picture.height, picture.width), _milliseconds(start))
+
+    @torch.inference_mode()
+    def decode(
+        self, embedding: Embedding, points: list[list[float]], labels: list[int], box: Box | None = None
+    ) -> Candidates:
+        """Masks of one object, from points (P, 2) with labels (P), 1 on it and 0 beside it, and a box around it.
+
+        Raises InputError for prompts that are malformed, outside the picture or unknown to the checkpoint.
+        """
+        check_prompts(points, labels, box, embedding.size)
+        start = time.perf_counter()
+        prompts: dict[str, Any] = {}
+        if points:
+            prompts = {"input_points": [[points]], "input_labels": [[labels]]}
+        if box is not None:
+            prompts["input_boxes"] = [[list(box)]]
+        try:
+            inputs = self.processor(original_sizes=[embedding.size], return_tensors="pt", **prompts)
+        except ValueError as error:  # such as more prompts than the checkpoint takes
+            raise InputError(str(error)) from error
+        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
+        outputs = self.model(image_embeddings=embedding.tensor, multimask_output=True, **inputs)
+        scores = outputs.iou_scores[0, 0].float().cpu()
+        order = scores.argsort(descending=True, stable=True)
+        logits = outputs.pred_masks[0, 0].float().cpu()[order]
+        return Candidates(logits, scores[order].tolist(), embedding.size, _milliseconds(start))
+
+    def segment(self, picture: Image.Image, points: Any, labels: Any, box: Any) -> Candidates:
+        """Encode and decode at once, for prompts that are checked before; arguments and errors of `decode`."""
+        check_prompts(points, labels, box, (picture.height, picture.width))
+        return self.decode(self.embed(picture), points, labels, box)
+
+    @torch.inference_mode()
+    def masks(self, candidates: Candidates, size: tuple[int, int] | None = None) -> np.ndarray:
+        """The candidates at the size of the picture, or another (height, width): -> (M, H, W) bool."""
+        size = candidates.size if size is None else size
+        return self.processor.post_process_masks(candidates.logits[None, None], [size])[0][0].numpy()
+
+    def mask(self, candidates: Candidates, rank: int, size: tuple[int, int] | None = None) -> np.ndarray:
+        """One of them, the best at rank 0: -> (H, W) bool."""
+        chosen = dataclasses.replace(candidates, logits=candidates.logits[rank : rank + 1])
+        return self.masks(chosen, size)[0]
+
+    @torch.inference_mode()
+    def everything(self, picture: Image.Image, grid: int) -> Everything:
+        """All masks above the lowest thresholds, from `grid` x `grid` points; InputError for a grid not on offer."""
+        if grid not in GRIDS:
+            raise InputError(f"The grid must be one of {', '.join(map(str, GRIDS))} points a side, got {short(grid)}.")
+        start = time.perf_counter()
+        predicted_iou, stability = self.lowest_thresholds
+        found = self.generator(
+            picture,
+            points_per_crop=grid,
+            pred_iou_thresh=predicted_iou,
+            stability_score_thresh=stability,
+            output_type="coco_rle",
+        )
+        return Everything(
+            masks=found["masks"],
+            scores=found["scores"].numpy(),
+            stability=found["stability_scores"].numpy(),
+            areas=found["areas"].numpy(),
+            size=(picture.height, picture.width),
+            milliseconds=_milliseconds(start),
+        )
+
+
+def check_prompts(points: Any, labels: Any, box: Any, size: tuple[int, int]) -> None:
+    """Raise InputError unless these prompts describe an object in a picture of `size` (height, width)."""
+    if not isinstance(points, list) or not isinstance(labels, list):
+        raise InputError("Points must be a list of [x, y], and labels a list of 1 and 0.")
+    if len(points) > MAX_POINTS:
+        raise InputError(f"At most {MAX_POINTS} points are taken, got {len(points)}.")
+    if len(labels) != len(points):
+        raise InputError(f"There must be one label for each point, got {len(labels)} for {len(points)} points.")
+    for point in points:
+        _check_point(point, size)
+    for label in labels:
+        if isinstance(label, bool) or label not in (0, 1):
+            raise InputError(f"A label must be 1, on the object, or 0, beside it; got {short(label)}.")
+    if box is not None:
+        _check_box(box, size)
+    elif 1 not in labels:
+        raise InputError("At least one point must be on the object.")
+
+
+def _check_point(point: Any, size: tuple[int, int]) -> None:
+    height, width = size
+    if not _are_numbers(point, 2):
+        raise InputError(f"A point must be [x, y], two numbers of pixels; got {short(point)}.")
+    if not (0 <= point[0] <= width and 0 <= point[1] <= height):
+        raise InputError(f"The point {short(point)} is outside the picture of {width} x {height} pixels.")
+
+
+def _check_box(box: Any, size: tuple[int, int]) -> None:
+    height, width = size
+    if not _are_numbers(box, 4):
+        raise InputError(f"A box must be [x0, y0, x1, y1], four numbers of pixels; got {short(box)}.")
+    x0, y0, x1, y1 = box
+    if x1 <= x0 or y1 <= y0:
+        raise InputError(f"The box {short(list(box))} is empty: x1 must be above x0, and y1 above y0.")
+    if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
+        raise InputError(f"The box {short(list(box))} is outside the picture of {width} x {height} pixels.")
+
+
+def _are_numbers(values: Any, count: int) -> bool:
+    """Whether these are so many finite numbers."""
+    if not isinstance(values, (list, tuple)) or len(values) != count:
+        return False
+    plain = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
+    return plain and all(-LARGEST_NUMBER <= value <= LARGEST_NUMBER for value in values)  # NaN is neither
+
+
+def short(value: Any) -> str:
+    """The start of a value's text, for a message."""
+    try:
+        text = str(value)
+    except ValueError:  # a whole number of thousands of digits
+        return "a very large number"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _milliseconds(start: float) -> float:
+    return 1000 * (time.perf_counter() - start)

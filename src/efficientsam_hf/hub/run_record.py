@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run folder and files of measurements say, without where a machine keeps its files."""
+
+import json
+import shlex
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePath
+from typing import Any
+
+
+CURVE_ROWS = 6
+CURVE_NAMES = ("loss", "miou", "best_miou", "masked_error", "visible_error", "cosine")
+PROMPTS = {"center": "click in the centre", "uniform": "click anywhere", "box": "tight box"}
+
+
+@dataclass
+class RunRecord:
+    """What a run folder says about the model in it."""
+
+    folder: Path
+    description: dict[str, Any]  # args.json
+    progress: dict[str, Any]  # steps, images, minutes of training behind the saved weights
+    curve: list[dict[str, Any]]  # lines "train" of the log up to there
+    evaluation: dict[str, Any] | None  # the last line "evaluation" up to there
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return self.description["arguments"]
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Read a run folder; `FileNotFoundError` or `ValueError` that says what is missing."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"run {str(folder)!r} is not a folder")
+    for name in ("args.json", "model/config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"run {str(folder)!r} has no {name}: it is no run folder, or has saved no model yet"
+            )
+    description = _read_json(folder / "args.json", "run", ("arguments", "command", "machine", "started"))
+    progress = _read_progress(folder)
+    events = [line for line in _read_log(folder / "log.jsonl") if line.get("step", 0) <= progress["steps"]]
+    evaluations = [line for line in events if line["event"] == "evaluation"]
+    curve = [line for line in events if line["event"] == "train" and "loss" in line]
+    return RunRecord(folder, description, progress, curve, evaluations[-1] if evaluations else None)
+
+
+def _read_progress(folder: Path) -> dict[str, Any]:
+    """Steps, images and minutes behind model/, which is written with every checkpoint; run.json is, at the end."""
+    states = [_read_json(path, "run", ("step",)) for path in folder.glob("checkpoints/step_*/trainer_state.json")]
+    if states:
+        last = max(states, key=lambda state: state["step"])
+        return {"steps": last["step"], "images": last["images"], "minutes": last["elapsed"] / 60}
+    if (folder / "run.json").is_file():
+        summary = _read_json(folder / "run.json", "run", ("steps", "images", "minutes"))
+        return {name: summary[name] for name in ("steps", "images", "minutes")}
+    raise FileNotFoundError(f"run {str(folder)!r} has neither a checkpoint nor run.json: how far it got is unknown")
+
+
+def _read_log(path: Path) -> list[dict[str, Any]]:
+    """Lines of log.jsonl in order of steps; those that a resumed run took back are left out."""
+    lines: list[dict[str, Any]] = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            line = json.loads(text)
+        except ValueError:  # cut off when the process was killed
+            continue
+        if line["event"] == "resume":
+            lines = [earlier for earlier in lines if earlier.get("step", 0) <= line["step"]]
+        lines.append(line)
+    return lines
+
+
+def read_speed(path: Path) -> dict[str, Any]:
+    """Read what `efficientsam benchmark --output` wrote; `ValueError` if it is something else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"speed {str(path)!r} is not a file")
+    record = _read_json(path, "speed", ("rows", "command", "date", "machine", "dtype"))
+    return shorten_paths(record)
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Read what `efficientsam evaluate --output` wrote and give the data set a name; `ValueError` if it is another."""
+    if not path.is_file():
+        raise FileNotFoundError(f"metrics {str(path)!r} is not a file")
+    record = _read_json(path, "metrics", ("metrics", "command", "date", "machine", "dtype"))
+    if not prompts_of(record["metrics"]):
+        raise ValueError(f"metrics {str(path)!r} has none of the prompts {', '.join(PROMPTS)}")
+    annotations = option(record["command"], "--annotations")
+    scenes = "generated scenes" if option(record["command"], "--scenes") else path.name
+    dataset = last_parts(annotations).removesuffix(".json") if annotations else scenes
+    return {"dataset": dataset, **shorten_paths(record)}
+
+
+def prompts_of(metrics: dict[str, Any]) -> list[str]:
+    """The protocols of an evaluation: "box", "center", "uniform:3", ..."""
+    return [name for name in metrics if name.partition(":")[0] in PROMPTS]
+
+
+def prompt_text(name: str) -> str:
+    kind, _, clicks = name.partition(":")
+    if not clicks:
+        return PROMPTS[kind]
+    return f"{clicks} clicks, " + ("the first in the centre" if kind == "center" else "all anywhere")
+
+
+def option(command: str, name: str) -> str | None:
+    """Value of an option in a command line: `--name value` or `--name=value`."""
+    tokens = shlex.split(command)
+    for token, following in zip(tokens, [*tokens[1:], None]):
+        if token == name:
+            return following
+        if token.startswith(name + "="):
+            return token.partition("=")[2]
+    return None
+
+
+def _read_json(path: Path, argument: str, keys: Iterable[str]) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{argument}: {path} is not JSON: {error}") from None
+    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    if missing:
+        raise ValueError(f"{argument}: {path} lacks {', '.join(missing)}")
+    return content
+
+
+def shorten_paths(value: Any) -> Any:
+    """Cut absolute paths to their last two parts, in commands too: where a machine keeps files is private."""
+    if isinstance(value, dict):
+        return {
+            name: shorten_command(entry) if name == "command" else shorten_paths(entry)
+            for name, entry in value.items()
+        }
+    if isinstance(value, list):
+        return [shorten_paths(entry) for entry in value]
+    return last_parts(value) if isinstance(value, str) and PurePath(value).is_absolute() else value
+
+
+def shorten_command(command: str) -> str:
+    """A command line as one types it: the name of the program, and absolute paths shortened."""
+    program, *rest = shlex.split(command)
+    if PurePath(program).name in ("__main__.py", "efficientsam"):
+        program = "efficientsam"
+    tokens = [last_parts(program) if PurePath(program).is_absolute() else program]
+    for token in rest:
+        name, sign, value = token.partition("=") if token.startswith("--") else ("", "", token)
+        tokens.append(name + sign + shorten_paths(value))
+    return shlex.join(tokens)
+
+
+def last_parts(path: str) -> str:
+    return "/".join(part for part in PurePath(path).parts[-2:] if part not in ("..", PurePath(path).anchor))
+
+
+def curve_rows(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Means over up to CURVE_ROWS equal stretches of the log: "step" and "image_size" at the end, and CURVE_NAMES."""
+    count = min(CURVE_ROWS, len(curve))
+    bounds = [len(curve) * index // max(count, 1) for index in range(count + 1)]
+    return [_mean_line(curve[first:last]) for first, last in zip(bounds, bounds[1:])]
+
+
+def _mean_line(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    row = {name: lines[-1][name] for name in ("step", "image_size") if name in lines[-1]}
+    for name in CURVE_NAMES:
+        values = [line[name] for line in lines if name in line]
+        if values:
+            row[name] = round(statistics.fmean(values), 4)
+    return row
+
+
+def training_facts(record: RunRecord) -> dict[str, Any]:
+    """What metrics.json says of the run: command, machine, versions, how long and how far, the end of the curve."""
+    end = curve_rows(record.curve)[-1:]
+    facts = {
+        "command": record.description["command"],
+        "started": record.description["started"],
+        "machine": record.description["machine"],
+        "versions": record.description.get("versions"),
+        **record.progress,
+        "images_per_s": record.progress["images"] / max(60 * record.progress["minutes"], 1e-9),
+        "end_of_curve": end[0] if end else None,
+        "last_evaluation": record.evaluation,
+        "exported_by": f"efficientsam-hf {_package_version()}",
+    }
+    return shorten_paths(facts)
+
+
+def _package_version() -> str:
+    try:
+        return version("efficientsam-hf")
+    except PackageNotFoundError:
+        return "from source"

@@ -1,0 +1,838 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Space without a browser: its modules, its server and calls, hostile input, and `efficientsam demo`."""
+
+import ast
+import copy
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+from space_server import SPACE, Refused, SpaceServer, Visitor, call, save_model_with_code
+
+from efficientsam_hf import EfficientSamModel, EfficientSamPredictor, EfficientSamProcessor, default_checkpoint
+from efficientsam_hf.cli import demo, main
+from efficientsam_hf.models.rle_efficientsam import decode_rle
+
+
+pytest.importorskip("gradio")
+sys.path.append(str(SPACE))
+
+import app
+import downloads
+import drawing
+import pictures
+import rle
+import segmenting
+import sessions
+import widgets
+from actions import parse_coordinates
+
+
+COFFEE = (SPACE / "examples" / "coffee.jpg").read_bytes()
+CAT = (SPACE / "examples" / "cat.jpg").read_bytes()
+ALLOWED = {"gradio", "numpy", "torch", "transformers", "PIL"}
+HUB_COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+# Threads of the server may differ from ours, and with them the last bits of logits.
+SAME = 1e-3
+
+
+def to_bytes(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A valid PNG of one bit a pixel, all black."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packer = zlib.compressobj(9)
+    row = bytes(1 + -(-width // 8))
+    data = b"".join(packer.compress(row) for _ in range(height)) + packer.flush()
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def random_masks() -> list[np.ndarray]:
+    generator = np.random.default_rng(0)
+    shapes = [(1, 1), (7, 5), (40, 33), (64, 64)]
+    masks = [generator.random(shape) < share for shape in shapes for share in (0.0, 0.1, 0.6, 1.0)]
+    blob = np.zeros((50, 70), bool)
+    blob[10:30, 20:61] = True
+    return [*masks, blob, ~blob]
+
+
+# Modules
+
+
+@pytest.mark.parametrize("mask", random_masks(), ids=lambda mask: f"{mask.shape} {mask.mean():.2f}")
+def test_run_lengths_are_those_of_coco(mask: np.ndarray) -> None:
+    encoded = rle.encode_mask(mask)
+    reference = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+    assert encoded == {"size": list(mask.shape), "counts": reference["counts"].decode()}
+    assert (rle.decode_mask(encoded) == mask).all()
+    x, y, width, height = (int(value) for value in coco_mask.toBbox(reference))
+    assert rle.mask_bounds(encoded) == (x, y, x + width, y + height)
+
+
+def test_run_lengths_beyond_one_group_of_bits() -> None:
+    mask = np.zeros((3000, 700), bool)
+    mask[100:2900, 300:310] = True
+    encoded = rle.encode_mask(mask)
+    assert encoded["counts"] == coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+    assert (rle.decode_mask(encoded) == mask).all()
+
+
+def test_pictures_are_read_as_they_are_meant_to_be_seen(tmp_path: Path) -> None:
+    upright = Image.fromarray(np.arange(30 * 20 * 3, dtype=np.uint8).reshape(20, 30, 3))
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    frames = [Image.new("RGB", (30, 20), color) for color in ("red", "blue")]
+    deep = Image.fromarray(np.full((20, 30), 65535 // 2, np.uint16))
+    files = {
+        "turned.png": to_bytes(turned, "PNG", exif=exif),
+        "cmyk.jpg": to_bytes(frames[0].convert("CMYK"), "JPEG"),
+        "frames.gif": to_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:]),
+        "deep.png": to_bytes(deep, "PNG"),
+        "palette.png": to_bytes(frames[0].convert("P"), "PNG"),
+        "alpha.webp": to_bytes(frames[0].convert("RGBA"), "WEBP", lossless=True),
+    }
+    opened = {}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        opened[name] = pictures.open_picture(tmp_path / name)
+    assert {(image.mode, image.size) for image in opened.values()} == {("RGB", (30, 20))}
+    assert (np.asarray(opened["turned.png"]) == np.asarray(upright)).all()
+    assert opened["deep.png"].getpixel((0, 0)) == (127, 127, 127)
+    for name in ("cmyk.jpg", "frames.gif", "palette.png", "alpha.webp"):
+        red, green, blue = opened[name].getpixel((5, 5))
+        assert red > 240 and green < 30 and blue < 30, name
+
+
+HOSTILE = {
+    "huge.png": (png_of_size(30_000, 30_000), "too large|30,000 x 30,000"),
+    "large.png": (png_of_size(6_000, 5_000), "6,000 x 5,000 pixels"),
+    "cut.jpg": (COFFEE[: len(COFFEE) // 2], "damaged or cut short"),
+    "cut_header.jpg": (COFFEE[:40], "not a picture|damaged"),
+    "text.png": (b"no picture\n", "not a picture"),
+    "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "not a picture"),
+    "empty.png": (b"", "not a picture"),
+    "document.tiff": (to_bytes(Image.new("RGB", (9, 9)), "TIFF"), "not a picture"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_before_they_are_decoded(name: str, tmp_path: Path, monkeypatch) -> None:
+    content, message = HOSTILE[name]
+    assert len(content) < 200_000
+    (tmp_path / name).write_bytes(content)
+    if "," in message:  # too large: nothing may be decoded
+        monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(pictures.InputError, match=message):
+        pictures.open_picture(tmp_path / name)
+
+
+def test_files_of_many_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "MAX_BYTES", 1_000_000)
+    (tmp_path / "big.bmp").write_bytes(bytes(1_000_001))
+    with pytest.raises(pictures.InputError, match="larger than 1 MB"):
+        pictures.open_picture(tmp_path / "big.bmp")
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("/tmp/x/photo 1.jpg", "photo_1.jpg"),
+        ("..\\..\\secret.png", "secret.png"),
+        ("../../..", "picture"),
+        ("<script>.png", "script_.png"),
+        ("a" * 300, "a" * 80),
+    ],
+)
+def test_names_of_pictures_hold_no_path(path: str, name: str) -> None:
+    assert pictures.picture_name(path) == name
+
+
+def test_view_and_picture_share_pixels() -> None:
+    picture = Image.new("RGB", (4000, 3000))
+    view = drawing.make_view(picture)
+    assert view.size == (1200, 900)
+    assert drawing.view_to_picture((0, 0), view.size, picture.size) == [1.2, 1.2]  # the middle of what pixel 0 shows
+    assert drawing.view_to_picture((1199, 899), view.size, picture.size) == [3997.8, 2997.8]
+    assert drawing.view_to_picture((17, 5), (600, 400), (600, 400)) == [17.0, 5.0]
+    point = drawing.picture_to_view(
+        drawing.view_to_picture((321, 123), view.size, picture.size), *[view.size, (4000, 3000)]
+    )
+    assert np.allclose(point, (321, 123), atol=0.05)
+    assert drawing.make_view(Image.new("RGB", (10, 4000))).size == (3, 1200)
+
+
+def test_masks_of_everything_cover_the_view_where_they_cover_the_picture() -> None:
+    mask = np.zeros((90, 60), bool)
+    mask[30:60, 12:21] = True
+    window, corner = drawing.view_window(rle.encode_mask(mask), (600, 900))
+    assert corner == (120, 300) and window.shape == (300, 90) and window.all()
+    small, corner = drawing.view_window(rle.encode_mask(mask), (20, 30))
+    assert corner == (4, 10) and small.shape == (10, 3) and small.all()
+    assert drawing.covers((window, (120, 300)), 150, 400) and not drawing.covers((window, (120, 300)), 119, 400)
+    empty, _ = drawing.view_window(rle.encode_mask(np.zeros((90, 60), bool)), (600, 900))
+    assert not empty.size
+
+
+def test_masks_are_tinted_and_outlined_and_nothing_else() -> None:
+    view = Image.new("RGB", (1200, 800), (100, 100, 100))
+    mask = np.zeros((800, 1200), bool)
+    mask[200:600, 300:900] = True
+    drawn = view.copy()
+    drawing.draw_mask(drawn, drawing.mask_window(mask), (200, 0, 0), 0.5)
+    pixels = np.asarray(drawn).astype(int)
+    assert np.abs(pixels[400, 600] - (150, 50, 50)).max() <= 1
+    assert (pixels[:180] == 100).all() and (pixels[:, :280] == 100).all()
+    assert np.abs(pixels[400, 300] - (200, 0, 0)).max() < 40  # the contour in full colour
+    clear = view.copy()
+    drawing.draw_mask(clear, drawing.mask_window(mask), (200, 0, 0), 0.0)
+    assert clear.getpixel((600, 400)) == (100, 100, 100)
+    assert view.getpixel((600, 400)) == (100, 100, 100)
+
+
+def test_prompts_are_taken_back_one_by_one() -> None:
+    click = sessions.Click
+    clicks = [click(5, 5, 1), click(9, 2, None), click(1, 7, None), click(3, 3, 0), click(8, 8, None)]
+    boxes = [sessions.Prompts(clicks[:count]).box for count in range(6)]
+    assert boxes == [None, None, None, (1, 2, 9, 7), (1, 2, 9, 7), None]
+    whole = sessions.Prompts(clicks)
+    assert whole.corner == clicks[-1] and whole.points == [[5, 5], [3, 3]] and whole.labels == [1, 0]
+    assert whole.asks() and not sessions.Prompts([click(3, 3, 0)]).asks() and not sessions.Prompts(clicks[1:2]).asks()
+
+
+def test_a_session_that_ends_holds_nothing() -> None:
+    session = sessions.Session()
+    picture = Image.new("RGB", (40, 30))
+    session.take(picture, "a.png", segmenting.Embedding(torch.zeros(1), (30, 40), 1.0))
+    session.prompts.clicks.append(sessions.Click(1, 1, 1))
+    assert copy.deepcopy(session).picture is None  # visitors get a fresh one, never a copy
+    session.free()
+    assert (
+        session.picture
+        is session.view
+        is session.small
+        is session.embedding
+        is session.everything
+        is session.candidates
+        is None
+    )
+    assert not session.prompts.clicks and not session.windows
+
+
+SIZE = (300, 400)
+NAN, INFINITY = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "points, labels, box, message",
+    [
+        ([[400.5, 3]], [1], None, "outside the picture of 400 x 300"),
+        ([[-1, 3]], [1], None, "outside"),
+        ([[NAN, 3]], [1], None, "two numbers"),
+        ([[INFINITY, 3]], [1], None, "two numbers"),
+        ([[1e300, 3]], [1], None, "two numbers"),
+        ([[10**6000, 3]], [1], None, "two numbers"),
+        ([["4", 3]], [1], None, "two numbers"),
+        ([[True, 3]], [1], None, "two numbers"),
+        ([[1, 2, 3]], [1], None, "two numbers"),
+        ([5], [1], None, "two numbers"),
+        ({"x": 1}, [1], None, "list of"),
+        ([[1, 2]], "1", None, "list of"),
+        ([[1, 2]], [], None, "one label for each point"),
+        ([[1, 2]], [2], None, "label must be 1"),
+        ([[1, 2]], [[1]], None, "label must be 1"),
+        ([[1, 2]], [0], None, "must be on the object"),
+        ([], [], None, "must be on the object"),
+        ([[1, 2]] * 33, [1] * 33, None, "At most 32"),
+        ([], [], [1, 2, 3], "four numbers"),
+        ([], [], [1, 2, NAN, 4], "four numbers"),
+        ([], [], "box", "four numbers"),
+        ([], [], [9, 9, 9, 20], "empty"),
+        ([], [], [20, 20, 9, 9], "empty"),
+        ([], [], [401, 1, 500, 9], "outside"),
+    ],
+)
+def test_bad_prompts_are_named(points, labels, box, message: str) -> None:
+    with pytest.raises(pictures.InputError, match=message):
+        segmenting.check_prompts(points, labels, box, SIZE)
+
+
+def test_prompts_on_the_border_are_inside() -> None:
+    segmenting.check_prompts([[0, 0], [400, 300]], [1, 0], None, SIZE)
+    segmenting.check_prompts([], [], [-50, -50, 4000, 9], SIZE)
+
+
+@pytest.mark.parametrize("text, numbers", [("230, 120", [230, 120]), (" 1 2,3 ; 4".replace(";", ""), [1, 2, 3, 4])])
+def test_typed_coordinates(text: str, numbers: list[float]) -> None:
+    assert parse_coordinates(text) == numbers
+
+
+@pytest.mark.parametrize("text", ["", "5", "1,2,3", "1,2,3,4,5", "a, b", None])
+def test_typed_coordinates_that_are_none(text) -> None:
+    with pytest.raises(pictures.InputError, match="Type two numbers"):
+        parse_coordinates(text)
+
+
+def test_files_of_one_mask(tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
+    mask = random_masks()[-2]
+    cutout = Image.open(io.BytesIO(downloads.cutout_png(picture, mask)))
+    assert cutout.mode == "RGBA" and cutout.size == (41, 20)
+    assert (np.asarray(cutout)[..., :3] == np.asarray(picture)[10:30, 20:61]).all()
+    ragged = mask & (np.indices(mask.shape).sum(0) % 3 > 0)
+    alpha = np.asarray(Image.open(io.BytesIO(downloads.cutout_png(picture, ragged))))[..., 3]
+    assert (alpha == 255 * ragged[10:30, 20:61]).all()
+    assert Image.open(io.BytesIO(downloads.cutout_png(picture, np.zeros_like(mask)))).size == (1, 1)
+    path = tmp_path / "masks.json"
+    path.write_bytes(downloads.to_json(downloads.candidates_to_coco("a.png", np.stack([mask, ~mask]), [0.9, 0.1])))
+    coco = load_coco(path)
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=1))
+    assert [annotation["area"] for annotation in annotations] == [820, 50 * 70 - 820]
+    assert annotations[0]["bbox"] == [20, 10, 41, 20] and annotations[0]["predicted_iou"] == 0.9
+    assert (decode_rle(coco.annToRLE(annotations[0])) == mask).all()
+
+
+def load_coco(path: Path) -> COCO:
+    """The file as pycocotools reads it, without what it prints."""
+    coco = COCO()
+    coco.dataset = json.loads(path.read_text())
+    coco.createIndex()
+    return coco
+
+
+# The page and its settings
+
+
+# Building the app leaves an event loop of gradio's behind, which tests here would be blamed for: a process of its own
+# builds it on models that are never asked, runs `efficientsam demo`, and tells what it saw.
+INSPECT = """
+import json, sys
+from types import SimpleNamespace
+
+import gradio as gr
+
+from efficientsam_hf.cli import main
+
+served = {}
+gr.Blocks.launch = lambda self, **options: served.update(options, blocks=self)
+code = main(["demo", "--port", "7999"])
+app = sys.modules["app"]
+import sessions, widgets
+
+blocks = served.pop("blocks")
+served.pop("theme")
+(state,) = [block for block in blocks.blocks.values() if isinstance(block, gr.State)]
+functions = blocks.fns.values()
+limited = SimpleNamespace(
+    name="a/b", lowest_thresholds=(0.3, 0.5), predicted_iou=0.5, stability=0.6, background_points=False
+)
+with gr.Blocks():
+    kinds = widgets.build_widgets(limited).kind.choices
+facts = {
+    "code": code,
+    "file": app.__file__,
+    "options": served,
+    "public": [f.api_name for f in functions if f.api_visibility != "private"],
+    "waiting": blocks._queue.max_size,
+    "lanes": [[f.concurrency_id, f.concurrency_limit] for f in functions if f.queue],
+    "time_to_live": state.time_to_live,
+    "frees": state.delete_callback is sessions.Session.free,
+    "title": next(block.value for block in blocks.blocks.values() if block.elem_id == "title"),
+    "kinds_without_background": [value for _, value in kinds],
+}
+print(json.dumps(facts, default=str))
+"""
+
+
+@pytest.fixture(scope="module")
+def demo_facts() -> dict:
+    """What `efficientsam demo` would serve."""
+    command = [sys.executable, "-c", INSPECT]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def test_demo_serves_the_files_of_the_space(demo_facts: dict) -> None:
+    options = demo_facts["options"]
+    assert demo_facts["code"] == 0 and demo_facts["file"] == str(SPACE / "app.py")
+    assert (options["server_name"], options["server_port"], options["share"]) == ("127.0.0.1", 7999, False)
+    assert options["max_file_size"] == pictures.MAX_BYTES and not options["run_history"]
+    assert not options["enable_monitoring"]
+    assert "Model: efficientsam_ti_scenes" in demo_facts["title"]
+
+
+def test_only_the_calls_for_programs_are_public(demo_facts: dict) -> None:
+    assert demo_facts["public"] == ["segment_points", "segment_box", "segment_everything"]
+
+
+def test_queue_and_sessions_are_bounded(demo_facts: dict) -> None:
+    assert demo_facts["waiting"] == app.WAITING_AT_MOST
+    assert demo_facts["options"]["state_session_capacity"] == app.SESSIONS_AT_MOST
+    assert {tuple(lane) for lane in demo_facts["lanes"]} == {("encoder", 1), ("decoder", 1)}
+    assert demo_facts["time_to_live"] == sessions.SECONDS_TO_LIVE and demo_facts["frees"]
+
+
+def test_checkpoints_without_background_points_offer_none(demo_facts: dict) -> None:
+    assert demo_facts["kinds_without_background"] == ["Object"]
+
+
+def test_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODEL_ID", raising=False)
+    with pytest.raises(SystemExit, match="the setting MODEL_ID is missing"):
+        app.main()
+    monkeypatch.setenv("MODEL_ID", "/no/such/folder")
+    with pytest.raises(SystemExit, match="/no/such/folder"):
+        app.main()
+
+
+# The folder
+
+
+def space_modules() -> list[Path]:
+    return sorted(SPACE.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", space_modules(), ids=lambda path: path.name)
+def test_modules_need_nothing_that_a_space_lacks(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n") and len(text.splitlines()) < 600
+    siblings = {module.stem for module in space_modules()}
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "files of a Space are no package"
+            names = [node.module]
+        else:
+            continue
+        foreign = {name.split(".")[0] for name in names} - ALLOWED - siblings - sys.stdlib_module_names
+        assert not foreign
+
+
+def test_requirements_are_the_versions_that_are_tested(root: Path) -> None:
+    lines = (SPACE / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    assert set(pins) == {"torch", "transformers", "gradio", "numpy", "pillow"}
+    constraints = (root / "constraints.txt").read_text()
+    for name, version in pins.items():
+        assert re.search(rf'^{name}=={re.escape(version)}( *;.*>= *"3.11")?$', constraints, re.MULTILINE), name
+
+
+def test_metadata_of_the_space(root: Path) -> None:
+    from huggingface_hub import SpaceCard
+
+    data = SpaceCard.load(SPACE / "README.md").data.to_dict()
+    assert data["sdk"] == "gradio" and (SPACE / data["app_file"]).is_file()
+    assert f"gradio=={data['sdk_version']}" in (root / "constraints.txt").read_text().splitlines()
+    assert {data["colorFrom"], data["colorTo"]} <= HUB_COLORS
+    assert data["license"] == "apache-2.0" and data["python_version"] == "3.11"
+    assert data["title"] and data["emoji"] and len(data["short_description"]) <= 60
+    assert "models" not in data  # publishing fills in what it published
+
+
+def test_examples_are_small_photos() -> None:
+    files = sorted(path.name for path in (SPACE / "examples").iterdir())
+    assert files == sorted(widgets.EXAMPLES.values())
+    readme = (SPACE / "README.md").read_text()
+    for name in files:
+        path = SPACE / "examples" / name
+        assert path.stat().st_size < 100_000 and f"`{name}`" in readme
+        with Image.open(path) as image:
+            assert image.format == "JPEG"
+
+
+# The command
+
+
+def test_demo_explains_itself(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["demo", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert all(option in text for option in ("[MODEL]", "--host", "--port", "--share", "in the browser"))
+
+
+def test_demo_without_gradio_says_what_to_install(monkeypatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
+    assert main(["demo"]) == 2
+    assert capsys.readouterr().err == (
+        "efficientsam: error: the demo needs gradio: pip install 'efficientsam-hf[demo]'\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["/no/such/folder"], "model /no/such/folder: no such folder"),
+        (["--port", "0"], "--port must be between 1 and 65535, got 0"),
+        (["other"], "the demo is for EfficientSAM models, other is of type sam"),
+        (["code"], "cannot load a model from code"),
+    ],
+)
+def test_demo_refuses_in_one_line(arguments, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    for name, config in {
+        "other": {"model_type": "sam"},
+        "code": {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    (tmp_path / "code" / "mine.py").write_text("raise SystemExit('executed')")
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+# The server
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpaceServer]:
+    folder = tmp_path_factory.mktemp("space")
+    with SpaceServer(folder, save_model_with_code(folder / "model"), threads=1) as running:
+        yield running
+
+
+@pytest.fixture
+def visitor(server: SpaceServer) -> Visitor:
+    return Visitor(server.url)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> EfficientSamPredictor:
+    """The model's own answers, by this package."""
+    model = EfficientSamModel.from_pretrained(default_checkpoint()).eval()
+    return EfficientSamPredictor(model, EfficientSamProcessor.from_pretrained(default_checkpoint()))
+
+
+@pytest.fixture(scope="module")
+def own_answer(predictor: EfficientSamPredictor):
+    """Masks (3, H, W) and predicted IoU (3) of a prompt on the coffee, the best first."""
+    predictor.set_image(Image.open(io.BytesIO(COFFEE)))
+
+    def answer(**prompts) -> tuple[np.ndarray, np.ndarray]:
+        masks, scores, _ = predictor.predict(**prompts)
+        order = np.argsort(-scores, kind="stable")
+        return masks[order], scores[order]
+
+    return answer
+
+
+@pytest.fixture(scope="module")
+def client(server: SpaceServer, tmp_path_factory: pytest.TempPathFactory):
+    gradio_client = pytest.importorskip("gradio_client")
+    folder = tmp_path_factory.mktemp("downloads")
+    return gradio_client.Client(server.url, verbose=False, download_files=folder, analytics_enabled=False)
+
+
+@pytest.fixture(scope="module")
+def coffee():
+    from gradio_client import handle_file
+
+    return handle_file(SPACE / "examples" / "coffee.jpg")
+
+
+def masks_of(coco: dict) -> np.ndarray:
+    return np.stack([decode_rle(record["segmentation"]) for record in coco["annotations"]])
+
+
+def read_mask(content: bytes | str | Path) -> np.ndarray:
+    with Image.open(io.BytesIO(content) if isinstance(content, bytes) else content) as image:
+        assert image.mode == "L"
+        return np.asarray(image) > 127
+
+
+def differ(first: np.ndarray, second: np.ndarray) -> float:
+    assert first.shape == second.shape
+    return float((first != second).mean())
+
+
+def status(changes: dict) -> str:
+    return re.sub("<[^>]+>", "", changes["status"])
+
+
+@pytest.mark.parametrize("as_text", [False, True], ids=["lists", "texts"])
+def test_points_through_a_client(client, coffee, own_answer, as_text: bool) -> None:
+    points, labels = [[290, 180], [500, 100]], [1, 0]
+    given = (json.dumps(points), json.dumps(labels)) if as_text else (points, labels)
+    coco, mask = client.predict(image=coffee, points=given[0], labels=given[1], api_name="/segment_points")
+    masks, scores = own_answer(point_coords=points, point_labels=labels)
+    assert differ(masks_of(coco), masks) < SAME and differ(read_mask(mask), masks[0]) < SAME
+    found = [record["predicted_iou"] for record in coco["annotations"]]
+    assert np.allclose(found, scores, atol=1e-3) and found == sorted(found, reverse=True)
+    assert coco["images"] == [{"id": 1, "file_name": "coffee.jpg", "height": 400, "width": 600}]
+
+
+def test_labels_left_out_are_on_the_object(client, coffee, own_answer) -> None:
+    coco, _ = client.predict(image=coffee, points=[[290, 180]], api_name="/segment_points")
+    assert differ(masks_of(coco), own_answer(point_coords=[[290, 180]])[0]) < SAME
+
+
+def test_box_through_a_client(client, coffee, own_answer) -> None:
+    box = [172, 17, 410, 305]
+    coco, mask = client.predict(image=coffee, box=box, api_name="/segment_box")
+    masks, _ = own_answer(box=box)
+    assert differ(masks_of(coco), masks) < SAME and differ(read_mask(mask), masks[0]) < SAME
+
+
+def test_everything_through_a_client(client, coffee, predictor, threads) -> None:
+    torch.set_num_threads(1)
+    from efficientsam_hf import EfficientSamMaskGenerator
+
+    coco, numbers = client.predict(
+        image=coffee, grid=8, predicted_iou=0.4, stability=0.55, api_name="/segment_everything"
+    )
+    generator = EfficientSamMaskGenerator(predictor.model, predictor.processor)
+    lowest = {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.5}
+    own = generator(Image.open(io.BytesIO(COFFEE)), points_per_crop=8, **lowest)
+    kept = [i for i, (a, b) in enumerate(zip(own["scores"], own["stability_scores"])) if a >= 0.4 and b >= 0.55]
+    assert 2 < len(kept) < len(own["masks"])
+    assert differ(masks_of(coco), np.stack([own["masks"][i] for i in kept])) < SAME
+    with Image.open(numbers) as image:
+        labels = np.asarray(image)
+    areas = [record["area"] for record in coco["annotations"]]
+    smallest = int(np.argmin(areas))
+    assert set(np.unique(labels)) <= set(range(len(areas) + 1))
+    assert (labels[masks_of(coco)[smallest]] == coco["annotations"][smallest]["id"]).all()
+
+
+def test_every_part_of_the_page_has_a_text(server: SpaceServer, visitor: Visitor) -> None:
+    components = json.loads(visitor._get("/config"))["components"]
+    props = {kind: [c["props"] for c in components if c["type"] == kind] for kind in {c["type"] for c in components}}
+    pictures_shown = [image for image in props["image"] if image.get("elem_id")]
+    assert {image["elem_id"] for image in pictures_shown} == {"upload", "canvas"}
+    assert all(image["alt_text"] and image["buttons"] == [] for image in pictures_shown)  # no full screen
+    for kind in ("radio", "slider", "textbox", "gallery", "file"):
+        assert props[kind] and all(component["label"] for component in props[kind]), kind
+    assert [button["value"] for button in props["button"]].count("Button") <= 1  # the hidden one of the calls
+
+
+def test_calls_describe_themselves(client) -> None:
+    described = client.view_api(return_format="dict", print_info=False)["named_endpoints"]
+    assert set(described) == {"/segment_points", "/segment_box", "/segment_everything"}
+    assert all(endpoint["description"] for endpoint in described.values())
+    names = [parameter["parameter_name"] for parameter in described["/segment_points"]["parameters"]]
+    assert names == ["image", "points", "labels"]
+
+
+def test_bad_calls_are_answered_readably(client, coffee) -> None:
+    cases = [
+        ("/segment_points", {"points": [[9000, 1]]}, "outside the picture of 600 x 400"),
+        ("/segment_points", {"points": "[[NaN, 1]]"}, "two numbers"),
+        ("/segment_points", {"points": "[" * 5000}, "list, as JSON"),
+        ("/segment_points", {"points": "x" * 20_000}, "list of"),
+        ("/segment_box", {"box": [5, 5, 4, 4]}, "empty"),
+        ("/segment_everything", {"grid": 5000}, "grid must be one of 8, 16, 32"),
+        ("/segment_everything", {"grid": 8, "stability": 3}, "number from 0 to 1"),
+    ]
+    for name, inputs, message in cases:
+        with pytest.raises(Exception, match=message):
+            client.predict(image=coffee, api_name=name, **inputs)
+
+
+def test_numbers_that_json_does_not_have(server: SpaceServer, visitor: Visitor) -> None:
+    image = json.dumps(visitor.upload(COFFEE, "coffee.jpg"))
+    for number in ("NaN", "Infinity", "1e999", "-1e300", "9" * 400):
+        with pytest.raises(Refused, match="two numbers of pixels"):
+            call(server.url, "segment_points", f'{{"data": [{image}, [[{number}, 2]], [1]]}}')
+        with pytest.raises(Refused, match="four numbers of pixels"):
+            call(server.url, "segment_box", f'{{"data": [{image}, [1, 2, {number}, 9]]}}')
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_server_survives_hostile_files(server: SpaceServer, visitor: Visitor, name: str) -> None:
+    content, message = HOSTILE[name]
+    visitor.load(CAT, "cat.jpg")
+    with pytest.raises(Refused, match=message):
+        visitor.load(content, name)
+    with pytest.raises(Refused, match=message):
+        call(server.url, "segment_points", json.dumps({"data": [visitor.upload(content, name), [[1, 1]], [1]]}))
+    assert "Decoded" in status(visitor.click(600, 400))  # on the picture that was there before
+
+
+def test_other_files_of_the_server_are_out_of_reach(server: SpaceServer, visitor: Visitor) -> None:
+    example = server.home / "examples" / "coffee.jpg"
+    meta = {"_type": "gradio.FileData"}
+    paths = [example, "/etc/passwd", server.cache / ".." / "space" / "examples" / "coffee.jpg", server.log, "", "/"]
+    for path in map(str, paths):
+        for image in ({"path": path}, {"path": path, "meta": meta}, {"path": path, "url": "data:image/png;base64,A"}):
+            with pytest.raises(Refused):
+                call(server.url, "segment_points", json.dumps({"data": [image, [[1, 1]], [1]]}))
+            with pytest.raises(Refused):
+                visitor.send("load", image)
+        with pytest.raises(OSError, match="403|404"):
+            visitor._get(f"/gradio_api/file={path}")
+    assert str(SPACE) not in json.dumps(json.loads(visitor._get("/config")))
+
+
+def test_names_that_look_like_paths_stay_in_the_cache(server: SpaceServer, visitor: Visitor) -> None:
+    before = {path for path in server.folder.rglob("*") if server.cache not in path.parents}
+    for name in ("../../../evil.jpg", "/etc/evil.jpg", "..\\evil.jpg", "a" * 300 + ".jpg", ".hidden.jpg"):
+        image = visitor.upload(CAT, name)
+        assert Path(image["path"]).resolve().is_relative_to(server.cache.resolve())
+        coco, _ = call(server.url, "segment_points", json.dumps({"data": [image, [[200, 150]], [1]]}))
+        assert "/" not in coco["images"][0]["file_name"] and "\\" not in coco["images"][0]["file_name"]
+    assert {path for path in server.folder.rglob("*") if server.cache not in path.parents} == before
+
+
+def test_a_click_is_the_models_answer_for_that_pixel(visitor: Visitor, own_answer) -> None:
+    visitor.load(COFFEE, "coffee.jpg")
+    first = visitor.click(580, 360)
+    files = visitor.mask_files()
+    point = drawing.view_to_picture((580, 360), (1200, 800), (600, 400))
+    masks, scores = own_answer(point_coords=[point])
+    assert differ(read_mask(files["mask.png"]), masks[0]) < SAME
+    assert f"Predicted IoU {scores[0]:.2f}" in status(first) and "Decoded in" in status(first)
+    assert len(first["gallery"]["value"]) == 3
+    assert set(files) == {"cutout.png", "mask.png", "overlay.jpg", "masks.json"}
+    assert json.loads(files["masks.json"])["images"][0]["file_name"] == "coffee.jpg"
+    with Image.open(io.BytesIO(files["overlay.jpg"])) as overlay:
+        assert overlay.size == (600, 400)
+
+
+def test_another_candidate_can_be_chosen(visitor: Visitor, own_answer) -> None:
+    visitor.load(COFFEE, "coffee.jpg")
+    visitor.click(580, 360)
+    changes = visitor.send("choose", event={"index": 2, "value": None})
+    masks, scores = own_answer(point_coords=[drawing.view_to_picture((580, 360), (1200, 800), (600, 400))])
+    assert f"Predicted IoU {scores[2]:.2f}" in status(changes)
+    assert differ(read_mask(visitor.mask_files()["mask.png"]), masks[2]) < SAME
+    visitor.send("choose", event={"index": 7, "value": None})  # there is none: nothing changes
+    assert differ(read_mask(visitor.mask_files()["mask.png"]), masks[2]) < SAME
+
+
+def test_a_picture_is_encoded_once(visitor: Visitor) -> None:
+    encoded = re.search(r"encoded once in ([\d,]+ ms)", status(visitor.load(COFFEE)))[1]
+    assert all(f"encoded once in {encoded}" in status(visitor.click(x, 300)) for x in (300, 500, 700))
+
+
+def test_background_undo_and_reset(visitor: Visitor, own_answer) -> None:
+    visitor.load(COFFEE)
+    assert "600 x 400 pixels" in status(visitor.send("undo"))  # nothing to take back
+    visitor.click(580, 360)
+    before = visitor.mask_files()["mask.png"]
+    visitor.look["kind"] = "Background"
+    visitor.click(520, 330)
+    points = [drawing.view_to_picture(point, (1200, 800), (600, 400)) for point in ((580, 360), (520, 330))]
+    masks, _ = own_answer(point_coords=points, point_labels=[1, 0])
+    after = read_mask(visitor.mask_files()["mask.png"])
+    assert differ(after, masks[0]) < SAME and (after != read_mask(before)).any()
+    visitor.send("undo")
+    assert visitor.mask_files()["mask.png"] == before
+    assert "600 x 400 pixels" in status(visitor.send("reset"))
+    with pytest.raises(Refused, match="no mask yet"):
+        visitor.mask_files()
+    assert status(visitor.click(520, 330)) == "Click on the object too."
+
+
+def test_a_box_of_two_clicks(visitor: Visitor, own_answer) -> None:
+    visitor.load(COFFEE)
+    visitor.look["mode"] = "Box"
+    first = visitor.click(820, 610)
+    assert "opposite corner" in status(first) and first["canvas"]["value"]
+    visitor.click(344, 34)
+    corners = [drawing.view_to_picture(point, (1200, 800), (600, 400)) for point in ((344, 34), (820, 610))]
+    masks, _ = own_answer(box=[*corners[0], *corners[1]])
+    assert differ(read_mask(visitor.mask_files()["mask.png"]), masks[0]) < SAME
+    with pytest.raises(Refused, match="empty"):  # a box of no area is not kept
+        visitor.click(100, 100)
+        visitor.click(100, 100)
+    visitor.send("undo")
+    assert differ(read_mask(visitor.mask_files()["mask.png"]), masks[0]) < SAME
+
+
+def test_typed_prompts_are_those_of_clicks(visitor: Visitor, own_answer) -> None:
+    visitor.load(COFFEE)
+    visitor.send("add", "172, 17, 410, 305")
+    assert differ(read_mask(visitor.mask_files()["mask.png"]), own_answer(box=[172, 17, 410, 305])[0][0]) < SAME
+    visitor.send("reset")
+    visitor.send("add", "290 180")
+    assert differ(read_mask(visitor.mask_files()["mask.png"]), own_answer(point_coords=[[290, 180]])[0][0]) < SAME
+    for text, message in (("nan, 4", "two numbers"), ("700, 4", "outside"), ("x", "Type two numbers")):
+        with pytest.raises(Refused, match=message):
+            visitor.send("add", text)
+
+
+def test_everything_is_filtered_without_computing_again(visitor: Visitor) -> None:
+    visitor.load(COFFEE)
+    visitor.look["mode"] = "Everything"
+    assert "Nothing searched" in status(visitor.send("change_mode"))
+    first = visitor.send("find_everything", 8)
+    shown, found, took = re.search(r"(\d+) of (\d+) masks shown. Found in ([\d.]+) s", status(first)).groups()
+    visitor.look |= {"predicted_iou": 0.3, "stability": 0.5}
+    more = visitor.send("redraw")
+    assert f"{found} of {found} masks shown. Found in {took} s" in status(more)
+    assert 0 < int(shown) < int(found) == more["table"].count('<th scope="row">')
+    files = visitor.mask_files()
+    coco = json.loads(files["masks.json"])
+    assert len(coco["annotations"]) == int(found) and coco["annotations"][0]["stability"] >= 0.5
+    with Image.open(io.BytesIO(files["labels.png"])) as image:
+        labels = np.asarray(image)
+    assert labels.shape == (400, 600) and labels.max() <= int(found)
+    rows, columns = np.nonzero(labels)
+    x, y = drawing.picture_to_view((columns[0], rows[0]), (1200, 800), (600, 400))
+    assert f"Mask {labels[rows[0], columns[0]]}:" in status(visitor.click(round(x), round(y)))
+    visitor.look |= {"predicted_iou": 1.0}
+    assert f"0 of {found} masks" in status(visitor.send("redraw"))
+    with pytest.raises(Refused, match="no masks yet"):
+        visitor.mask_files()
+    with pytest.raises(Refused):
+        visitor.send("find_everything", 500)
+
+
+def test_sessions_do_not_see_each_other(server: SpaceServer, own_answer) -> None:
+    coffee, cat, empty = (Visitor(server.url) for _ in range(3))
+    coffee.load(COFFEE, "coffee.jpg")
+    cat.load(CAT, "cat.jpg")
+    coffee.click(580, 360)
+    cat.click(580, 360)
+    files = {name: visitor.mask_files() for name, visitor in (("coffee", coffee), ("cat", cat))}
+    assert read_mask(files["coffee"]["mask.png"]).shape == (400, 600)
+    assert read_mask(files["cat"]["mask.png"]).shape == (300, 451)
+    masks, _ = own_answer(point_coords=[drawing.view_to_picture((580, 360), (1200, 800), (600, 400))])
+    assert differ(read_mask(files["coffee"]["mask.png"]), masks[0]) < SAME
+    with pytest.raises(Refused, match="no longer here"):
+        empty.click(580, 360)
+    coffee.send("leave")
+    with pytest.raises(Refused, match="no longer here"):
+        coffee.click(580, 360)
+    assert "Decoded" in status(cat.click(500, 300))
+
+
+def test_large_pictures_keep_their_coordinates(visitor: Visitor, predictor) -> None:
+    photo = Image.open(io.BytesIO(COFFEE)).resize((1800, 1200))
+    content = to_bytes(photo, "JPEG", quality=85)
+    visitor.load(content, "large.jpg")
+    visitor.click(580, 360)
+    mask = read_mask(visitor.mask_files()["mask.png"])
+    own = EfficientSamPredictor(predictor.model, predictor.processor)
+    own.set_image(Image.open(io.BytesIO(content)))
+    masks, scores, _ = own.predict([drawing.view_to_picture((580, 360), (1200, 800), (1800, 1200))])
+    assert differ(mask, masks[scores.argmax()]) < SAME
+
+
+def test_server_wrote_no_traceback(server: SpaceServer) -> None:
+    log = server.log.read_text()
+    unexpected = [line for line in log.splitlines() if re.match(r"\w*(Error|Exception)\b", line)]
+    # gradio reports what it refuses itself: paths that are no uploads, values that are not on offer.
+    assert all(re.search("InvalidPath|gradio.exceptions|ValidationError", line) for line in unexpected), unexpected
