@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another with make PYTHON=...")'
 	@echo "Making $(VENV) with the pinned versions in constraints.txt (a minute or two) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[dev,demo]"
 	@touch $@
 
 # The photo is by Rachel Michetti (CC0); scikit-image ships it in its wheel. Boxes: cup, coffee, spoon.

@@ -7,12 +7,11 @@ Usage: python benchmarks/tiles.py [--side 12000] [--scene 1000] [--tile 1024] [-
 The picture is a mosaic of generated scenes with exact masks. Scenes and tiles have different sides, so that seams of
 tiles run through the objects. For every object that covers 1 to 30 % of its scene the best mask is looked for: objects
 on a seam should come out as well as the others, and in one piece. Memory is the process's peak over what it held with
-model and picture loaded.
+model and picture loaded; it is read from /proc, so on Linux only.
 """
 
 import argparse
 import json
-import resource
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -48,11 +47,21 @@ def mosaic(side: int, scene: int) -> tuple[np.ndarray, list[tuple[int, int, np.n
     """(side, side, 3) uint8, and the objects as (x, y, mask of the scene that begins there)."""
     picture, objects = np.zeros((side, side, 3), np.uint8), []
     places = [(x, y) for y in range(0, side - scene + 1, scene) for x in range(0, side - scene + 1, scene)]
-    for index, (x, y) in enumerate(tqdm(places, unit="scene")):
-        for sample in scene_samples(1, SEED + index, scene, objects=6, min_area=0.01, max_area=0.3):
-            picture[y : y + scene, x : x + scene] = np.asarray(sample["image"])
-            objects += [(x, y, mask) for mask in sample["masks"]]
+    samples = scene_samples(len(places), SEED, scene, objects=6, min_area=0.01, max_area=0.3)
+    for (x, y), sample in zip(places, samples):
+        picture[y : y + scene, x : x + scene] = np.asarray(sample["image"])
+        objects += [(x, y, mask) for mask in sample["masks"]]
     return picture, objects
+
+
+def resident(kind: str) -> int:
+    """Bytes of memory that the process holds (VmRSS), or held at most since the last `forget_peak` (VmHWM)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def crosses_seam(x: int, y: int, mask: np.ndarray, args: argparse.Namespace) -> bool:
@@ -95,10 +104,11 @@ def main() -> None:
     generator = EfficientSamMaskGenerator(
         model, EfficientSamProcessor.from_pretrained(args.model), points_per_crop=args.grid
     )
-    before, start = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize(), time.perf_counter()
+    forget_peak()
+    before, start = resident("VmRSS"), time.perf_counter()
     result = segment_tiles(generator, picture, args.tile, args.overlap, progress=True)
     seconds = time.perf_counter() - start
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before / 2**10) / 2**20
+    peak = (resident("VmHWM") - before) / 2**30
     ious = best_ious(objects, result)
     on_seam = np.array([crosses_seam(*item, args) for item in objects])
     record = {

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every test file shares: the folder beside the checkout, a photo, a fixed number of threads and seed."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,30 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def metrics(tmp_path: Path) -> Path:
+    """A file as `efficientsam evaluate --output` writes it."""
+    sizes = {"small": 0.01, "medium": 0.1, "large": 0.6}
+    by_size = {f"miou_{size}": value for size, value in zip(sizes, (0.3, 0.4, 0.56))}
+    content = {
+        "metrics": {
+            "images": 7, "objects": 31, "seed": 0, "sizes": sizes,
+            "center": {"miou": 0.4213, "oracle_miou": 0.55, **by_size},
+            "box": {"miou": 0.66789, "oracle_miou": 0.7, **by_size},
+        },
+        "seconds": 12.0,
+        "command": "efficientsam evaluate --annotations /data/photos/instances_val.json --images /data/photos/val",
+        "model": "/home/someone/models/tiny",
+        "dtype": "float32",
+        "date": "2026-05-04T03:02:01+00:00",
+        "machine": {"cpu": "Some CPU", "cores": 2, "threads": 2, "gpus": []},
+        "versions": {"torch": "2.13.0"},
+    }  # fmt: skip
+    path = tmp_path / "metrics-photos.json"
+    path.write_text(json.dumps(content))
+    return path
 
 
 @pytest.fixture

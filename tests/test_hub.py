@@ -75,30 +75,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_run(tmp_path / "runs" / "tiny", tiny_model(), monkeypatch)
 
 
-@pytest.fixture
-def metrics(tmp_path: Path) -> Path:
-    """A file as `efficientsam evaluate --output` writes it."""
-    sizes = {"small": 0.01, "medium": 0.1, "large": 0.6}
-    by_size = {f"miou_{size}": value for size, value in zip(sizes, (0.3, 0.4, 0.56))}
-    content = {
-        "metrics": {
-            "images": 7, "objects": 31, "seed": 0, "sizes": sizes,
-            "center": {"miou": 0.4213, "oracle_miou": 0.55, **by_size},
-            "box": {"miou": 0.66789, "oracle_miou": 0.7, **by_size},
-        },
-        "seconds": 12.0,
-        "command": "efficientsam evaluate --annotations /data/photos/instances_val.json --images /data/photos/val",
-        "model": "/home/someone/models/tiny",
-        "dtype": "float32",
-        "date": "2026-05-04T03:02:01+00:00",
-        "machine": {"cpu": "Some CPU", "cores": 2, "threads": 2, "gpus": []},
-        "versions": {"torch": "2.13.0"},
-    }  # fmt: skip
-    path = tmp_path / "metrics-photos.json"
-    path.write_text(json.dumps(content))
-    return path
-
-
 def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 

@@ -81,6 +81,9 @@ def test_installed_wheel_segments(distributions: tuple[Path, Path], photo: Image
         sys.executable, "-c", "import efficientsam_hf; print(efficientsam_hf.__file__)", env=environment, cwd=tmp_path
     )
     assert Path(location.strip()).is_relative_to(site)
+    script = "from efficientsam_hf.space import space_folder; print(space_folder())"
+    folder = execute(sys.executable, "-c", script, env=environment, cwd=tmp_path)
+    assert Path(folder.strip()) == site / "efficientsam_hf" / "spaces" / "efficientsam"
     command = [sys.executable, site / "bin" / "efficientsam", "segment", "cat.png", "--point", "230,120", "-o", "out"]
     execute(*command, env=environment, cwd=tmp_path)
     with Image.open(tmp_path / "out" / "overlay.png") as overlay:

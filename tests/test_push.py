@@ -20,6 +20,7 @@ from efficientsam_hf import EfficientSamModel, EfficientSamProcessor, SamiConfig
 from efficientsam_hf.cli import main
 from efficientsam_hf.files import write_folder, write_json
 from efficientsam_hf.hub.model_folder import export_run
+from efficientsam_hf.identity import model_revision
 from efficientsam_hf.training.pretrain_arguments import PretrainArguments
 from efficientsam_hf.training.run_folder import RunLog, open_run
 
@@ -185,6 +186,13 @@ def test_branch_tag_private_and_gated(hub: HubServer, run: Path) -> None:
     assert repository.private and repository.gated == "manual"
 
 
+def test_nothing_private_goes_where_all_can_see_it(hub: HubServer, run: Path, capsys: pytest.CaptureFixture) -> None:
+    HfApi(token=hub.token).create_repo(REPO)
+    assert push(hub, run, "--private") == 2
+    assert f"{REPO} exists and is public" in failure(capsys)
+    assert hub.requests("PUT", "^/storage/") == [] and commits(hub.repository(REPO)) == 1
+
+
 def test_a_pull_request_leaves_main_alone(hub: HubServer, run: Path, capsys: pytest.CaptureFixture) -> None:
     assert push(hub, run, "--pull-request") == 0
     repository = hub.repository(REPO)
@@ -340,6 +348,17 @@ def test_speed_stands_in_the_card(run: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="lacks rows"):
         (tmp_path / "speed.json").write_text("{}")
         export_run(run, tmp_path / "other", speed=tmp_path / "speed.json")
+
+
+def test_of_several_models_the_runs_own_numbers_count(run: Path, metrics: Path, tmp_path: Path) -> None:
+    own = json.loads(metrics.read_text()) | {"revision": model_revision(str(run / "model"))}
+    other = own | {"revision": "sha256:another", "metrics": {**own["metrics"], "box": own["metrics"]["center"]}}
+    metrics.write_text(json.dumps({"models": [other, own], "differences": []}))
+    card = ModelCard((export_run(run, tmp_path / "out", metrics=metrics) / "README.md").read_text())
+    assert [result.metric_value for result in card.data.eval_results] == [0.4213, 0.6679]
+    metrics.write_text(json.dumps({"models": [other], "differences": []}))
+    with pytest.raises(ValueError, match="none is this run's"):
+        export_run(run, tmp_path / "other", metrics=metrics)
 
 
 def test_previews_are_of_the_saved_weights(run: Path, tmp_path: Path) -> None:

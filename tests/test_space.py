@@ -633,6 +633,7 @@ def test_calls_describe_themselves(client) -> None:
     assert all(endpoint["description"] for endpoint in described.values())
     names = [parameter["parameter_name"] for parameter in described["/segment_points"]["parameters"]]
     assert names == ["image", "points", "labels"]
+    assert described["/segment_box"]["parameters"][1]["type"] == {"type": "array", "items": {"type": "number"}}
 
 
 def test_bad_calls_are_answered_readably(client, coffee) -> None:

@@ -93,17 +93,17 @@ class Tab:
         self.page.wait_for_selector("#canvas img")
         self.wait_for_status("encoded once")
 
-    def click(self, point: tuple[float, float], expect: str) -> tuple[float, float]:
-        """Click on a pixel of the coffee; -> the pixel that the browser's whole coordinates stand for."""
+    def click(self, point: tuple[float, float], expect: str, size: tuple[int, int] = SIZE) -> tuple[float, float]:
+        """Click on a pixel of a picture of `size`; -> the pixel that the browser's whole coordinates stand for."""
         image = self.page.locator("#canvas img")
         image.scroll_into_view_if_needed()
         box = image.bounding_box()
         self.page.evaluate(REMEMBER_CLICK)
-        x, y = (value / side * box[length] for value, side, length in zip(point, SIZE, ("width", "height")))
+        x, y = (value / side * box[length] for value, side, length in zip(point, size, ("width", "height")))
         image.click(position={"x": x, "y": y})
         self.wait_for_status(expect)
-        view = self.page.evaluate("window.clicked")
-        return tuple(round((value + 0.5) / 2 - 0.5, 1) for value in view)  # the view has twice the coffee's size
+        *view, side = self.page.evaluate("window.clicked")
+        return tuple(round((value + 0.5) * max(size) / side - 0.5, 1) for value in view)
 
     def mode(self, name: str) -> None:
         """Pick a mode."""
@@ -161,7 +161,8 @@ REMEMBER_CLICK = """() => {
         const frame = image.getBoundingClientRect()
         const scale = frame.width / image.naturalWidth
         window.clicked = [
-            Math.round((event.clientX - frame.left) / scale), Math.round((event.clientY - frame.top) / scale)
+            Math.round((event.clientX - frame.left) / scale), Math.round((event.clientY - frame.top) / scale),
+            Math.max(image.naturalWidth, image.naturalHeight)
         ]
     }, {once: true, capture: true})
 }"""
@@ -214,6 +215,24 @@ def test_upload_click_and_download(tab: Tab, predictor: EfficientSamPredictor) -
     assert cutout.shape[2] == 4 and (cutout[..., 3] > 0).sum() == mask.sum()
     assert Image.open(io.BytesIO(files["overlay.jpg"])).size == SIZE
     assert json.loads(files["masks.json"])["annotations"][0]["area"] == mask.sum()
+
+
+@pytest.mark.parametrize("device", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_pictures_that_a_camera_took_upright(open_tab, predictor, tmp_path: Path, device: dict) -> None:
+    with Image.open(COFFEE) as coffee:
+        upright = coffee.transpose(Image.Transpose.ROTATE_270)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "upright.jpg", exif=exif, quality=95)
+    tab = open_tab(**device)
+    tab.upload(tmp_path / "upright.jpg")
+    frame = tab.page.locator("#canvas img").bounding_box()
+    assert frame["height"] > 1.4 * frame["width"] and frame["height"] < device["viewport"]["height"]
+    point = tab.click((150, 450), "Decoded in", (400, 600))
+    assert np.abs(np.subtract(point, (150, 450))).max() <= 2
+    own = EfficientSamPredictor(predictor.model, predictor.processor)
+    own.set_image(tmp_path / "upright.jpg")  # the processor turns files the same way
+    assert differ(tab.mask(), best(own, point_coords=[point])) < SAME
 
 
 def test_background_click_takes_area_away(tab: Tab, predictor: EfficientSamPredictor) -> None:

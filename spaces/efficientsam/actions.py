@@ -264,8 +264,9 @@ class Actions:
         if session.candidates is None:
             raise InputError("There is no mask yet. Click on an object first.")
         mask = self.segmenter.mask(session.candidates, session.chosen)
-        overlay = session.picture.copy()
-        drawing.draw_mask(overlay, drawing.mask_window(mask), drawing.PALETTE[0], look.opacity)
+        overlay = drawing.overlay_of(session.picture)
+        shown = self.segmenter.mask(session.candidates, session.chosen, (overlay.height, overlay.width))
+        drawing.draw_mask(overlay, drawing.mask_window(shown), drawing.PALETTE[0], look.opacity)
         coco = downloads.candidates_to_coco(session.name, mask[None], [session.candidates.scores[session.chosen]])
         return {
             "cutout.png": downloads.cutout_png(session.picture, mask),
@@ -279,7 +280,7 @@ class Actions:
         if not len(kept):
             raise InputError("There are no masks yet. Find everything first, or lower the thresholds.")
         found = session.everything.only(kept)
-        overlay = session.picture.copy()
+        overlay = drawing.overlay_of(session.picture)
         windows = [drawing.view_window(mask, overlay.size) for mask in found.masks]
         drawing.draw_windows(overlay, windows, kept.tolist(), look.opacity)
         return {

@@ -5,7 +5,6 @@ The model is the Hub repository or the folder in the setting MODEL_ID, loaded wi
 app.py` starts the server.
 """
 
-import importlib.util
 import os
 import sys
 from typing import Any
@@ -22,7 +21,7 @@ SETTING = "MODEL_ID"
 WAITING_AT_MOST = 64  # events in the queue, beyond which visitors are told to come back
 SESSIONS_AT_MOST = 40  # the oldest are dropped: each may hold a picture of 75 MB
 SECONDS_BETWEEN_CLEANINGS, SECONDS_OF_FILES = 600, 3600
-# Whoever waits for the encoder does not hold up those who click: a click takes milliseconds.
+# What takes seconds does not hold up those who click: a click takes milliseconds.
 ENCODER = {"concurrency_id": "encoder", "concurrency_limit": 1}
 DECODER = {"concurrency_id": "decoder", "concurrency_limit": 1}
 
@@ -61,7 +60,6 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
         run_history=False,
         footer_links=["api"],
         ssr_mode=False,
-        mcp_server=importlib.util.find_spec("mcp") is not None,
         **options,
     )
 
@@ -94,7 +92,8 @@ def _connect(w: Widgets, actions: Actions) -> None:
         [session, w.coordinates, *look],
         **light,
     )
-    w.make_files.click(actions.make_files, [session, *look], **{**light, "show_progress": "minimal"})
+    # At the size of the picture, which can be large: nothing for those who click to wait for.
+    w.make_files.click(actions.make_files, [session, *look], show_progress="minimal", **heavy)
 
 
 def main() -> None:

@@ -19,6 +19,7 @@ Window = tuple[np.ndarray, tuple[int, int]]  # what a mask covers, (h, w) bool, 
 
 VIEW_SIDE = 1200  # of the longer side, whatever the picture has: lines and discs then look the same on every picture
 THUMBNAIL_SIDE = 320
+OVERLAY_SIDE = 3000  # of the longer side at most: drawing dozens of masks on more takes many seconds
 # Okabe and Ito, "Color Universal Design": told apart with every common kind of colour blindness.
 PALETTE: tuple[Color, ...] = (
     (86, 180, 233),
@@ -45,6 +46,11 @@ def make_view(picture: Image.Image, side: int = VIEW_SIDE) -> Image.Image:
     scale = side / max(picture.size)
     size = tuple(max(1, round(scale * length)) for length in picture.size)
     return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+
+
+def overlay_of(picture: Image.Image) -> Image.Image:
+    """A copy to draw on and give away: as large as the picture, or of OVERLAY_SIDE pixels."""
+    return make_view(picture, min(OVERLAY_SIDE, max(picture.size)))
 
 
 def view_to_picture(point: Sequence[float], view: tuple[int, int], picture: tuple[int, int]) -> list[float]:

@@ -13,6 +13,7 @@ from widgets import PictureFile, readable
 
 
 LONGEST_TEXT = 10_000  # characters of prompts
+NUMBERS = {"type": "array", "items": {"type": "number"}}
 
 
 class Endpoints:
@@ -99,9 +100,9 @@ def add_endpoints(segmenter: Segmenter, **limits: Any) -> None:
     endpoints = Endpoints(segmenter)
     with gr.Group(visible=False):
         image = PictureFile(type="filepath", label="Image")
-        points = _json_input("Points", [[230, 120]])
-        labels = _json_input("Labels", [1])
-        box = _json_input("Box", [100, 40, 300, 220])
+        points = _list_input("Points", [[230, 120]], {"type": "array", "items": NUMBERS})
+        labels = _list_input("Labels", [1], {"type": "array", "items": {"type": "integer"}})
+        box = _list_input("Box", [100, 40, 300, 220], NUMBERS)
         grid = gr.Number(16, label="Grid", precision=0)
         predicted_iou, stability = gr.Number(label="Predicted IoU"), gr.Number(label="Stability")
         coco = gr.JSON(label="COCO")
@@ -116,9 +117,10 @@ def add_endpoints(segmenter: Segmenter, **limits: Any) -> None:
         trigger.click(getattr(endpoints, name), inputs, [coco, picture], api_name=name, **limits)
 
 
-def _json_input(label: str, example: Any) -> gr.JSON:
-    """A JSON input with an example of what it takes for the pages that describe the calls."""
+def _list_input(label: str, example: Any, schema: dict[str, Any]) -> gr.JSON:
+    """A JSON input that describes itself, as gradio's own does not: what it takes, and an example."""
     component = gr.JSON(label=label)
+    component.api_info = lambda: schema
     component.example_payload = component.example_value = lambda: example
     return component
 

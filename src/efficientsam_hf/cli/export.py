@@ -21,7 +21,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("run_folder", metavar="RUN", help="folder that efficientsam finetune wrote")
+    parser.add_argument("run_folder", metavar="RUN", help="folder that efficientsam finetune or pretrain wrote")
     parser.add_argument("destination", metavar="DESTINATION", help="folder to write")
     parser.add_argument(
         "--metrics", nargs="+", metavar="A.json", help="results of efficientsam evaluate --output, for the card"

@@ -30,7 +30,9 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--dry-run", action="store_true", help="write the folder and say what would be sent")
     _add_export_options(parser.add_argument_group("the folder (for runs)"))
     group = parser.add_argument_group("the repository")
-    group.add_argument("--private", action="store_true", help="make a new repository private")
+    group.add_argument(
+        "--private", action="store_true", help="make a new repository private; an error if there is a public one"
+    )
     group.add_argument("--gated", choices=("auto", "manual"), help="who wants the files must ask")
     group.add_argument("--branch", metavar="NAME", help="commit to this branch (main)")
     group.add_argument("--pull-request", action="store_true", help="propose the commit instead of making it")

@@ -72,7 +72,7 @@ def export_run(
     record = read_run(Path(run))
     export = Export(
         record, name or destination.name, half, with_code, license,
-        evaluations=[read_evaluation(Path(path)) for path in _as_list(metrics)],
+        evaluations=[read_evaluation(Path(path), record.folder / "model") for path in _as_list(metrics)],
         speed=read_speed(Path(speed)) if speed else None,
         preview=last_picture(record) if with_code else None,
     )  # fmt: skip

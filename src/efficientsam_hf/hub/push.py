@@ -27,7 +27,7 @@ class HubTarget:
 
     Args:
         repo_id: "user/name" or "organisation/name"; made where it is missing.
-        private: make it private; of a repository that exists nothing changes.
+        private: make it private; an error if it exists and is public.
         branch: branch that takes the commit, made where it is missing; main if left out.
         pull_request: propose the commit in a pull request of the branch.
         tag: name for the commit; it must be new.
@@ -115,8 +115,13 @@ def check_card(api: HfApi, card: str) -> None:
 
 
 def _make_repository(api: HfApi, target: HubTarget) -> None:
-    """Create repository and branch where they are missing; ValueError if the tag is there already."""
+    """Create repository and branch where they are missing.
+
+    ValueError if the tag is there already, or if the repository is public and should be private.
+    """
     api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
+    if target.private and not api.repo_info(target.repo_id).private:
+        raise ValueError(f"private: {target.repo_id} exists and is public; nothing was published")
     refs = api.list_repo_refs(target.repo_id)
     if target.tag in [ref.name for ref in refs.tags]:
         raise ValueError(f"tag: {target.repo_id} has a tag {target.tag!r} already")

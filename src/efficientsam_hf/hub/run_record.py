@@ -10,6 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
+from ..identity import model_revision
+
 
 CURVE_ROWS = 6
 CURVE_NAMES = ("loss", "miou", "best_miou", "masked_error", "visible_error", "cosine")
@@ -82,17 +84,30 @@ def read_speed(path: Path) -> dict[str, Any]:
     return shorten_paths(record)
 
 
-def read_evaluation(path: Path) -> dict[str, Any]:
-    """Read what `efficientsam evaluate --output` wrote and give the data set a name; `ValueError` if it is another."""
+def read_evaluation(path: Path, model: Path) -> dict[str, Any]:
+    """Read what `efficientsam evaluate --output` wrote and give the data set a name; `ValueError` if it is another.
+
+    Of several models that were evaluated together the one that counts has the content of the folder `model`.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"metrics {str(path)!r} is not a file")
-    record = _read_json(path, "metrics", ("metrics", "command", "date", "machine", "dtype"))
+    record = _read_json(path, "metrics", ())
+    if "models" in record:
+        record = _evaluation_of(path, record["models"], model_revision(str(model)))
+    _require(record, path, "metrics", ("metrics", "command", "date", "machine", "dtype"))
     if not prompts_of(record["metrics"]):
         raise ValueError(f"metrics {str(path)!r} has none of the prompts {', '.join(PROMPTS)}")
     annotations = option(record["command"], "--annotations")
     scenes = "generated scenes" if option(record["command"], "--scenes") else path.name
     dataset = last_parts(annotations).removesuffix(".json") if annotations else scenes
     return {"dataset": dataset, **shorten_paths(record)}
+
+
+def _evaluation_of(path: Path, records: list[dict[str, Any]], revision: str) -> dict[str, Any]:
+    for record in records:
+        if record.get("revision") == revision:
+            return record
+    raise ValueError(f"metrics {str(path)!r} is of {len(records)} models, and none is this run's ({revision})")
 
 
 def prompts_of(metrics: dict[str, Any]) -> list[str]:
@@ -123,10 +138,16 @@ def _read_json(path: Path, argument: str, keys: Iterable[str]) -> dict[str, Any]
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{argument}: {path} is not JSON: {error}") from None
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
+    _require(content, path, argument, keys)
+    return content
+
+
+def _require(content: Any, path: Path, argument: str, keys: Iterable[str]) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{argument}: {path} is no JSON object")
+    missing = [key for key in keys if key not in content]
     if missing:
         raise ValueError(f"{argument}: {path} lacks {', '.join(missing)}")
-    return content
 
 
 def shorten_paths(value: Any) -> Any:
