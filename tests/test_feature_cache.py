@@ -308,6 +308,26 @@ def test_a_killed_command_goes_on(tmp_path, vit) -> None:
         torch.testing.assert_close(one, two, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.slow
+def test_two_processes_share_the_work(tmp_path, vit) -> None:
+    """Each writes shards of its own; together they are the cache that one process makes."""
+    command = ["features", "--teacher", vit, "--scenes", "12", "--scene-size", "64", "--shard-size", "2"]
+    command += ["--device", "cpu", "--batch-size", "2", "--output"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    shared, alone = tmp_path / "shared", tmp_path / "alone"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.run(
+        [*launch, "-m", "efficientsam_hf.cli", *command, str(shared)], env=environment, capture_output=True, text=True
+    )
+    assert process.returncode == 0, process.stderr
+    assert main([*command, str(alone)]) == 0
+    assert main([*command, str(shared), "--check", "6"]) == 0
+    assert sorted(path.name for path in shared.iterdir()) == sorted(path.name for path in alone.iterdir())
+    for number in range(6):
+        one, two = (load_file(shard_path(folder, number))["features"] for folder in (shared, alone))
+        torch.testing.assert_close(one, two, atol=2e-3, rtol=2e-3)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
