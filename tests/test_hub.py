@@ -252,7 +252,10 @@ def test_nothing_tells_where_a_machine_keeps_its_files(run: Path, metrics: Path,
         ("/a/venv/bin/efficientsam finetune --resume", "efficientsam finetune --resume"),
         ("python run.py --images=/a/b/c/val -n 3", "python run.py --images=c/val -n 3"),
         ("efficientsam x '/a/my pictures/val'", "efficientsam x 'my pictures/val'"),
-        ("efficientsam x https://host/a/b/c.json ../d/e/f", "efficientsam x https://host/a/b/c.json ../d/e/f"),
+        ("efficientsam x https://host/a/b/c.json ../d/e/f", "efficientsam x https://host/a/b/c.json e/f"),
+        ("efficientsam x --images /home/someone/val", "efficientsam x --images val"),
+        ("efficientsam x https://me:secret@host/a file:///srv/a/b/c", "efficientsam x https://host/a b/c"),
+        ("efficientsam x --o '{teacher: /home/me/a/b}'", "efficientsam x --o '{teacher: a/b}'"),
     ],
 )
 def test_commands_are_shortened(command: str, expected: str) -> None:

@@ -181,6 +181,7 @@ def test_the_same_again_makes_no_commit(hub: HubServer, run: Path) -> None:
 def test_branch_tag_private_and_gated(hub: HubServer, run: Path) -> None:
     assert push(hub, run, "--branch", "trial", "--tag", "v1", "--private", "--gated", "manual") == 0
     repository = hub.repository(REPO)
+    assert f'"{REPO}", revision="trial"' in repository.files("trial")["README.md"].decode()
     assert WEIGHTS in repository.files("trial") and WEIGHTS not in repository.files("main")
     assert repository.commit("v1").id == repository.commit("trial").id
     assert repository.private and repository.gated == "manual"
@@ -300,8 +301,56 @@ def test_an_invalid_card_stops_before_anything_is_made(
 
 def test_a_tag_is_not_moved(hub: HubServer, run: Path, capsys: pytest.CaptureFixture) -> None:
     assert push(hub, run, "--tag", "v1") == 0
-    assert push(hub, run, "--tag", "v1") == 2
-    assert "has a tag 'v1' already" in failure(capsys)
+    assert push(hub, run, "--tag", "v1") == 0, "given again, the tag is where it should be"
+    tagged = hub.repository(REPO).commit("v1").id
+    assert push(hub, run, "--tag", "v1", "--full-precision") == 2
+    assert "'v1' stays on" in failure(capsys)
+    assert push(hub, run, "--tag", "v1", "--full-precision") == 2
+    assert "has a tag 'v1' on another commit already" in failure(capsys)
+    assert hub.repository(REPO).commit("v1").id == tagged
+
+
+def test_a_gate_stands_before_the_files(hub: HubServer, run: Path) -> None:
+    hub.faults.append(Fault(Refuse(403), path="/settings"))
+    assert push(hub, run, "--gated", "auto") == 2
+    assert commits(hub.repository(REPO)) == 1
+
+
+def test_a_space_does_not_show_what_is_private(hub: HubServer, run: Path, capsys: pytest.CaptureFixture) -> None:
+    HfApi(token=hub.token).create_repo("tester/demo", repo_type="space", space_sdk="gradio")
+    assert push(hub, run, "--private", "--space", "tester/demo") == 2
+    assert "would show a private model" in failure(capsys)
+    assert push(hub, run, "--private", "--space", "tester/other") == 0
+    assert hub.repository("tester/other", kind="space").private
+    assert "give tester/other a secret HF_TOKEN" in capsys.readouterr().out
+
+
+def test_only_a_promptable_model_with_code_gets_a_space(
+    hub: HubServer, run: Path, pretraining_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert push(hub, pretraining_run, "--space", "tester/demo") == 2
+    assert "of type 'sami'" in failure(capsys)
+    assert push(hub, export_run(run, tmp_path / "out"), "--space", "tester/demo") == 2
+    assert "this folder has none" in failure(capsys)
+    assert hub.requests() == []
+
+
+def test_a_space_that_fails_keeps_its_model(hub: HubServer, run: Path) -> None:
+    assert push(hub, run, "--space", "tester/demo") == 0
+    hub.faults.append(Fault(Refuse(503), path="/api/spaces/.*/commit/"))
+    assert main(["push", str(run), "tester/second", "--token", hub.token, "--space", "tester/demo"]) == 2
+    assert hub.repository("tester/demo", kind="space").variables["MODEL_ID"]["value"] == REPO
+
+
+def test_weights_that_do_not_arrive_by_xet(
+    hub: HubServer, run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("CAS service is gone")  # as hf_xet says it, with nothing behind it
+
+    monkeypatch.setattr(HfApi, "preupload_lfs_files", fail)
+    assert push(hub, run) == 2
+    assert "CAS service is gone" in failure(capsys) and commits(hub.repository(REPO)) == 1
 
 
 @pytest.mark.parametrize(
@@ -328,6 +377,13 @@ def test_folders_that_cannot_be_published(run: Path, tmp_path: Path, capsys: pyt
     exported = export_run(run, tmp_path / "out")
     assert main(["push", str(exported), REPO, "--metrics", "m.json"]) == 2
     assert "--metrics is for run folders" in failure(capsys)
+    (exported / "credentials.json").write_text("{}")
+    (exported / "previews").mkdir()
+    (exported / "previews" / "patient.png").write_bytes(b"")
+    assert main(["push", str(exported), REPO]) == 2
+    assert "holds credentials.json, previews/patient.png" in failure(capsys)
+    (exported / "credentials.json").unlink()
+    (exported / "previews" / "patient.png").unlink()
     (exported / WEIGHTS).unlink()
     assert main(["push", str(exported), REPO]) == 2
     assert "has no weights" in failure(capsys)
@@ -356,9 +412,18 @@ def test_of_several_models_the_runs_own_numbers_count(run: Path, metrics: Path, 
     metrics.write_text(json.dumps({"models": [other, own], "differences": []}))
     card = ModelCard((export_run(run, tmp_path / "out", metrics=metrics) / "README.md").read_text())
     assert [result.metric_value for result in card.data.eval_results] == [0.4213, 0.6679]
-    metrics.write_text(json.dumps({"models": [other], "differences": []}))
-    with pytest.raises(ValueError, match="none is this run's"):
+    metrics.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="of another model than this one"):
         export_run(run, tmp_path / "other", metrics=metrics)
+
+
+def test_names_of_data_sets_are_the_hubs(hub: HubServer, run: Path, metrics: Path) -> None:
+    """A type of two words would have the whole card refused."""
+    record = json.loads(metrics.read_text()) | {"command": "efficientsam evaluate --scenes 48"}
+    metrics.write_text(json.dumps(record))
+    assert push(hub, run, "--metrics", str(metrics)) == 0
+    (result, _) = ModelCard(hub.repository(REPO).files("main")["README.md"].decode()).data.eval_results
+    assert (result.dataset_type, result.dataset_name) == ("generated-scenes", "generated scenes")
 
 
 def test_previews_are_of_the_saved_weights(run: Path, tmp_path: Path) -> None:
@@ -367,6 +432,29 @@ def test_previews_are_of_the_saved_weights(run: Path, tmp_path: Path) -> None:
     with Image.open(exported / "previews" / "training.jpg") as picture:
         assert picture.size == (1600, 800)
     assert "previews" not in listing(export_run(run, tmp_path / "plain"))
+
+
+def test_pictures_of_ones_own_data_stay_at_home(run: Path, tmp_path: Path) -> None:
+    record = json.loads((run / "args.json").read_text())
+    record["arguments"] |= {"train_scenes": False, "train_annotations": "/home/someone/patients.json"}
+    write_json(run / "args.json", record)
+    exported = export_run(run, tmp_path / "out", with_code=True)
+    assert "previews" not in listing(exported) and "someone" not in (exported / "README.md").read_text()
+    assert "previews" in listing(export_run(run, tmp_path / "shown", with_code=True, preview=True))
+
+
+def test_the_card_says_no_more_than_is_known(run: Path, tmp_path: Path) -> None:
+    record = json.loads((run / "args.json").read_text())
+    card = ModelCard((export_run(run, tmp_path / "scratch") / "README.md").read_text())
+    assert "never a photograph" in card.text
+    record["arguments"]["model"] = "someone/efficientsam-s"
+    write_json(run / "args.json", record)
+    card = ModelCard((export_run(run, tmp_path / "from-hub") / "README.md").read_text())
+    assert "never a photograph" not in card.text and card.data.base_model == "someone/efficientsam-s"
+    record["local"] = ["model"]  # a folder that is gone
+    write_json(run / "args.json", record)
+    card = ModelCard((export_run(run, tmp_path / "from-folder") / "README.md").read_text())
+    assert card.data.base_model is None
 
 
 def test_downloads_are_whole(hub: HubServer, run: Path) -> None:

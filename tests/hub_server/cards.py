@@ -59,9 +59,19 @@ def check_card(text: str, kind: str) -> tuple[list[str], list[str]]:
         if name in data and not _strings(data[name])
     ]
     errors += [f'"{name}" must be a string' for name in ("pipeline_tag", "library_name") if _not_text(data, name)]
+    errors += [
+        f'"model-index[].results[].dataset.type" with value "{kind}" fails to match the required pattern'
+        for kind in _dataset_types(data)
+        if not re.fullmatch(r"([\w-]+/)?[\w.-]+", kind)
+    ]
     if isinstance(data.get("license"), str) and data["license"] not in LICENSES:
         errors.append(f'"license" must be one of {LICENSES}')
     return errors + (_space_errors(data) if kind == "space" else []), []
+
+
+def _dataset_types(data: dict[str, Any]) -> list[str]:
+    results = [result for model in data.get("model-index") or [] for result in model.get("results") or []]
+    return [str(result.get("dataset", {}).get("type", "")) for result in results]
 
 
 def _not_text(data: dict[str, Any], name: str) -> bool:

@@ -48,13 +48,16 @@ def _add_export_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--speed", metavar="S.json", help="result of efficientsam benchmark --output")
     group.add_argument("--license", metavar="ID", help="of the weights, by the Hub's names (apache-2.0)")
     group.add_argument("--full-precision", action="store_true", help="store the weights as float32")
+    group.add_argument(
+        "--preview", action="store_true", help="publish the run's last picture of training data too (scenes: always)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Export where there is a run, then publish, and say what went where."""
     from transformers.utils.logging import disable_progress_bar
 
-    from ..hub.push import HubTarget, check_repo_id, push_folder, push_space, read_folder
+    from ..hub.push import HubTarget, check_repo_id, check_space, push_folder, push_space, read_folder
     from ..space import space_folder
 
     target = HubTarget(args.repo_id, args.private, args.branch, args.pull_request, args.tag, args.gated, args.message)
@@ -68,11 +71,14 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_plan(args, folder, files)
         return 0
+    if args.space:
+        check_space(args.space, files, args.private, args.token)
     print(f"published {push_folder(folder, target, args.token)}")
     if args.space:
-        print(f"published {push_space(args.space, args.repo_id, space_folder(), args.private, args.token)}")
-        if args.private:
-            print(f"the model is private: give {args.space} a secret HF_TOKEN that may read it")
+        address, needs_token = push_space(args.space, args.repo_id, space_folder(), args.token)
+        print(f"published {address}")
+        if needs_token:
+            print(f"not everyone may read the model: give {args.space} a secret HF_TOKEN that may")
     return 0
 
 
@@ -87,9 +93,9 @@ def _folder(args: argparse.Namespace) -> Path:
         destination = source / "hub"
         return export_run(
             source, destination, not args.full_precision, args.metrics, args.speed, with_code=True, overwrite=True,
-            license=args.license or "apache-2.0", name=args.repo_id.rpartition("/")[2],
+            license=args.license or "apache-2.0", name=args.repo_id.rpartition("/")[2], preview=args.preview,
         )  # fmt: skip
-    given = [name for name in ("metrics", "speed", "license", "full_precision") if getattr(args, name)]
+    given = [name for name in ("metrics", "speed", "license", "full_precision", "preview") if getattr(args, name)]
     if given:
         option = given[0].replace("_", "-")
         raise ValueError(f"--{option} is for run folders, and {args.run_folder} is none: it is published as it is")

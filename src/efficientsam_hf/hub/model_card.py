@@ -101,10 +101,11 @@ def fill_template(name: str, parts: dict[str, str]) -> str:
     return Template(read_template(name)).substitute(parts) + "\n"
 
 
-def point_card_at(card: str, repo_id: str) -> str:
-    """The card with the name of a Hub repository in its code, in place of the folder that it lies in."""
+def point_card_at(card: str, repo_id: str, branch: str | None = None) -> str:
+    """The card with a Hub repository in its code, and a branch of it, in place of the folder that it lies in."""
     code = re.compile(r"```python\n.*?```", flags=re.DOTALL)
-    return code.sub(lambda block: block[0].replace(HERE, f'"{repo_id}"'), card.replace(HERE_NOTE, ""))
+    there = f'"{repo_id}"' + (f', revision="{branch}"' if branch else "")
+    return code.sub(lambda block: block[0].replace(HERE, there), card.replace(HERE_NOTE, ""))
 
 
 def million_parameters(model: PreTrainedModel) -> str:
@@ -157,9 +158,10 @@ def _describe_sami(export: Export, model: SamiForPreTraining) -> dict[str, str]:
     remote = "\n" + read_template("sami_usage_remote.md") if export.with_code else ""
     return {
         "metadata": card_metadata(export).to_yaml().strip(),
-        "title": f"SAMI{variant_of(model)} encoder, pretrained on "
+        "title": f"{'SAMI' if config.target == 'features' else 'MAE'}{variant_of(model)} encoder, pretrained on "
         + ("generated scenes" if arguments.get("train_scenes") else "pictures"),
-        "introduction": f"{read_template('sami_introduction.md')} {about}",
+        "introduction": read_template("sami_introduction.md" if config.target == "features" else "mae_introduction.md")
+        + f" {about}",
         "usage": read_template("sami_usage.md") + remote,
         "evaluation": "The loss below says how well it reconstructs. What the encoder is worth shows once it is "
         "finetuned, and has not been measured here.",
@@ -251,7 +253,7 @@ def card_metadata(export: Export) -> ModelCardData:
     results = [
         EvalResult(
             task_type="mask-generation",
-            dataset_type=evaluation["dataset"],
+            dataset_type=_dataset_type(evaluation["dataset"]),
             dataset_name=evaluation["dataset"],
             dataset_config=f"{evaluation['metrics']['images']} images",
             metric_type="mean_iou",
@@ -263,22 +265,29 @@ def card_metadata(export: Export) -> ModelCardData:
         for prompt in prompts_of(evaluation["metrics"])
     ]
     tags = ["efficientsam", "segment-anything", "image-segmentation", "vision"]
-    dataset = record.arguments.get("train_dataset")
+    dataset = _hub_id(record, "train_dataset")
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction" if pretrained else "mask-generation",
         license=export.license,
-        base_model=_hub_id(record.arguments.get("model")),
-        datasets=[dataset] if _hub_id(dataset) else None,
+        base_model=_hub_id(record, "model"),
+        datasets=[dataset] if dataset else None,
         tags=tags + ["sami"] * pretrained + ["synthetic"] * bool(record.arguments.get("train_scenes")),
         model_name=export.name,
         eval_results=results or None,
     )
 
 
-def _hub_id(source: Any) -> str | None:
-    """A name that is one of the Hub's; None for folders, presets and nothing."""
-    source = str(source or "")
+def _dataset_type(name: str) -> str:
+    """A data set's name as the Hub takes it for a type: like an id, without spaces."""
+    return name if re.fullmatch(r"([\w-]+/)?[\w.-]+", name) else re.sub(r"[^\w.-]+", "-", name).strip("-")
+
+
+def _hub_id(record: RunRecord, argument: str) -> str | None:
+    """Value of an argument that is a name of the Hub's; None for folders, presets and nothing."""
+    source = str(record.arguments.get(argument) or "")
+    if argument in record.description.get("local", ()):
+        return None
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
     return source if is_id and not Path(source).exists() else None
 
@@ -332,6 +341,12 @@ def _start_text(record: RunRecord) -> str:
     return f"Training started from `{shorten_paths(source)}`."
 
 
+def _saw_scenes_only(record: RunRecord) -> bool:
+    """Whether neither the run nor what it started from can have seen a photo."""
+    start = str(record.arguments.get("model", ""))
+    return bool(record.arguments.get("train_scenes")) and (start in VISION_PRESETS or start == "default")
+
+
 def _data_text(record: RunRecord) -> str:
     """Where the weights started and what they saw."""
     start, arguments = _start_text(record), record.arguments
@@ -348,6 +363,8 @@ def _data_text(record: RunRecord) -> str:
 def _limits(record: RunRecord) -> str:
     if not record.arguments.get("train_scenes"):
         return "- It knows what its training data show, and little beyond."
+    if not _saw_scenes_only(record):
+        return "- Its last run showed it generated scenes; what it started from may have seen more."
     return (
         "- It has seen generated scenes only, never a photograph: it follows edges, colours and textures and knows no "
         "kinds of things. Where a thing is several regions, or looks like what is behind it, the mask can be a "

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..averaging import average_weights
 from ..files import write_folder, write_json, write_text
-from ..identity import model_type
+from ..identity import model_revision, model_type
 from ..models.configuration_efficientsam import EfficientSamConfig
 from ..models.configuration_sami import SamiConfig
 from ..models.modeling_efficientsam import EfficientSamModel
@@ -42,6 +42,7 @@ def export_run(
     average: Sequence[str | os.PathLike] = (),
     license: str = "apache-2.0",
     name: str | None = None,
+    preview: bool = False,
 ) -> Path:
     """Write the model of a run as a folder for every `from_pretrained`, with metrics.json and a model card.
 
@@ -52,11 +53,13 @@ def export_run(
             float32; the Gaussian matrix of the positional encoding is float32 in the file too.
         metrics: files that `efficientsam evaluate --output` wrote for this model.
         speed: file that `efficientsam benchmark --output` wrote for this model.
-        with_code: add what a repository has: the code for `trust_remote_code`, and the run's last picture.
+        with_code: add what a repository has: the code for `trust_remote_code`, and the last picture of a run on
+            generated scenes.
         overwrite: replace an earlier export.
         average: further models, folders or Hub ids; what is written is the mean of the run's weights and theirs.
         license: the weights' licence, by the Hub's names.
         name: what the card calls the model, the destination's name if left out.
+        preview: add the last picture of a run on other data too, which shows some of them.
 
     Returns:
         The destination.
@@ -70,11 +73,13 @@ def export_run(
     destination = Path(os.path.abspath(destination))
     check_destination(destination, overwrite)
     record = read_run(Path(run))
+    drawn = preview or (with_code and bool(record.arguments.get("train_scenes")))
+    known = _revisions(record, destination, average)
     export = Export(
         record, name or destination.name, half, with_code, license,
-        evaluations=[read_evaluation(Path(path), record.folder / "model") for path in _as_list(metrics)],
+        evaluations=[read_evaluation(Path(path), known) for path in _as_list(metrics)],
         speed=read_speed(Path(speed)) if speed else None,
-        preview=last_picture(record) if with_code else None,
+        preview=last_picture(record) if drawn else None,
     )  # fmt: skip
     model, processor = load_trained(record)
     export.averaged = _average(model, average)
@@ -95,6 +100,12 @@ def export_run(
 
     write_folder(destination, fill)
     return destination
+
+
+def _revisions(record: RunRecord, destination: Path, average: Sequence[Any]) -> set[str]:
+    """What numbers of this model can be of: the run's own weights unless a mean is made, or an earlier export."""
+    folders = [destination] if average else [record.folder / "model", destination]
+    return {model_revision(str(folder)) for folder in folders if folder.is_dir()}
 
 
 def load_trained(record: RunRecord) -> tuple[PreTrainedModel, EfficientSamProcessor | None]:

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A folder becomes one commit of a repository on the Hub; a Space that shows the model stands beside it."""
 
+import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +14,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Re
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx, validate_repo_id
 
-from .model_card import point_card_at
+from ..models.configuration_efficientsam import EfficientSamConfig
+from .model_card import PREVIEW, SCENES_PREVIEW, point_card_at
 from .model_folder import EXPORTED
 
 
@@ -30,7 +33,7 @@ class HubTarget:
         private: make it private; an error if it exists and is public.
         branch: branch that takes the commit, made where it is missing; main if left out.
         pull_request: propose the commit in a pull request of the branch.
-        tag: name for the commit; it must be new.
+        tag: name for the commit; an error if another commit has it.
         gated: "auto" or "manual": who wants the files must ask.
         message: first line of the commit.
     """
@@ -61,19 +64,28 @@ def check_repo_id(argument: str, value: str) -> None:
         raise ValueError(f"{argument} must be OWNER/NAME, got {value!r}")
 
 
+def visible_files(folder: Path) -> dict[str, Path]:
+    """Files of a folder by their names in a repository, without hidden ones and Python's caches."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    unwanted = re.compile(r"(^|/)(\.|__pycache__/)")
+    return {name: path for name, path in files.items() if not unwanted.search(name)}
+
+
 def read_folder(folder: Path) -> dict[str, Path]:
     """Files of a folder that can be published, by their names in the repository; ValueError if it is none.
 
-    That is one with a config, weights and a card, as `efficientsam export`, `convert` and `push` write it.
+    That is one with a config, weights and a card, as `efficientsam export`, `convert` and `push` write it, and nothing
+    else: what lies in it by chance is not sent to others.
     """
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    hidden = [name for name in files if any(part.startswith(".") for part in name.split("/"))]
-    files = {name: path for name, path in files.items() if name not in hidden and "__pycache__" not in name}
+    files = visible_files(folder)
     for needed in ("config.json", "README.md"):
         if needed not in files:
             raise ValueError(f"folder {str(folder)!r} has no {needed}: it is neither a run nor a model with its card")
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(f"folder {str(folder)!r} has no weights (*.safetensors)")
+    foreign = [name for name in files if not _is_ours(name)]
+    if foreign:
+        raise ValueError(f"folder {str(folder)!r} holds {', '.join(foreign[:5])}, which belongs to no model")
     return files
 
 
@@ -84,21 +96,22 @@ def push_folder(folder: Path, target: HubTarget, token: str | None = None) -> st
     arrived before a connection broke are not sent again. The card's code names the repository in place of ".".
 
     Raises:
-        ValueError: if the folder is no model with its card, the Hub finds the card invalid, or the tag exists.
+        ValueError: if the folder is no model with its card, the Hub finds the card invalid, the repository is public
+            and should be private, or the tag is on another commit.
         OSError: if the token may not write, the repository changed meanwhile, or the Hub cannot be reached.
     """
     files = read_folder(folder)
-    card = point_card_at(files["README.md"].read_text(encoding="utf-8"), target.repo_id)
+    card = point_card_at(files["README.md"].read_text(encoding="utf-8"), target.repo_id, target.branch)
     api = HfApi(token=token)
     with _readable_errors(target.repo_id):
         check_card(api, card)
         _make_repository(api, target)
         contents: dict[str, Path | bytes] = {**files, "README.md": card.encode()}
         commit = _commit(api, target, contents)
-        if target.gated:
-            api.update_repo_settings(target.repo_id, gated=target.gated)
         if target.tag:
-            api.create_tag(target.repo_id, tag=target.tag, revision=commit.oid)
+            _tag(api, target, commit.oid)
+    if target.pull_request and not commit.pr_url:
+        return f"nothing: {target.repo_id} holds all of this already"
     return commit.pr_url or commit.commit_url
 
 
@@ -115,18 +128,33 @@ def check_card(api: HfApi, card: str) -> None:
 
 
 def _make_repository(api: HfApi, target: HubTarget) -> None:
-    """Create repository and branch where they are missing.
+    """Create repository and branch where they are missing, and set who may see them before there is anything to see.
 
-    ValueError if the tag is there already, or if the repository is public and should be private.
+    ValueError if the repository is public and should be private, or if the tag is on a commit before the last.
     """
     api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
-    if target.private and not api.repo_info(target.repo_id).private:
+    info = api.repo_info(target.repo_id)
+    if target.private and not info.private:
         raise ValueError(f"private: {target.repo_id} exists and is public; nothing was published")
+    if target.gated:
+        api.update_repo_settings(target.repo_id, gated=target.gated)
     refs = api.list_repo_refs(target.repo_id)
-    if target.tag in [ref.name for ref in refs.tags]:
-        raise ValueError(f"tag: {target.repo_id} has a tag {target.tag!r} already")
-    if target.branch and target.branch not in [ref.name for ref in refs.branches]:
+    heads = {ref.name: ref.target_commit for ref in refs.branches}
+    if target.branch and target.branch not in heads:
         api.create_branch(target.repo_id, branch=target.branch)
+        heads[target.branch] = info.sha
+    tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(target.tag)
+    if tagged not in (None, heads.get(target.branch or "main")):
+        raise ValueError(f"tag: {target.repo_id} has a tag {target.tag!r} on another commit already")
+
+
+def _tag(api: HfApi, target: HubTarget, commit: str) -> None:
+    """Name the commit; a tag that names it already stays. ValueError if the tag is on the commit before."""
+    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(target.repo_id).tags}
+    if target.tag not in tags:
+        api.create_tag(target.repo_id, tag=target.tag, revision=commit)
+    elif tags[target.tag] != commit:
+        raise ValueError(f"tag: {commit} was published, but {target.tag!r} stays on {tags[target.tag]}: give another")
 
 
 def _commit(api: HfApi, target: HubTarget, contents: dict[str, Path | bytes]) -> Any:
@@ -148,27 +176,51 @@ def _commit(api: HfApi, target: HubTarget, contents: dict[str, Path | bytes]) ->
 
 
 def _is_ours(name: str) -> bool:
-    """Whether an earlier push wrote a file of this name."""
-    return any(fnmatch(name.split("/")[0], pattern) for pattern in EXPORTED)
+    """Whether an export writes a file of this name."""
+    if "/" in name:
+        return name in (PREVIEW, SCENES_PREVIEW)
+    return any(fnmatch(name, pattern) for pattern in EXPORTED)
 
 
-def push_space(space_id: str, model_id: str, folder: Path, private: bool = False, token: str | None = None) -> str:
-    """Create or update the Gradio Space in `folder`, pointed at a model; -> its address. Errors as `push_folder`."""
+def check_space(space_id: str, files: dict[str, Path], private: bool, token: str | None = None) -> None:
+    """ValueError, before anything is sent, if a Space cannot show the model in these files, or would show too much."""
     check_repo_id("space", space_id)
+    config = json.loads(files["config.json"].read_text(encoding="utf-8"))
+    if config.get("model_type") != EfficientSamConfig.model_type:
+        raise ValueError(f"space: it shows EfficientSAM models, and this one is of type {config.get('model_type')!r}")
+    if "auto_map" not in config:
+        raise ValueError("space: it runs the code beside the weights, and this folder has none (export --with-code)")
+    api = HfApi(token=token)
+    if private:
+        with _readable_errors(space_id):
+            public = api.repo_exists(space_id, repo_type="space") and not api.space_info(space_id).private
+        if public:
+            raise ValueError(f"space: {space_id} is public, and would show a private model; nothing was published")
+
+
+def push_space(space_id: str, model_id: str, folder: Path, token: str | None = None) -> tuple[str, bool]:
+    """Create or update the Gradio Space in `folder`, pointed at a model, and private if that is.
+
+    Returns its address, and whether it needs a token of its own to read the model. Errors as of `push_folder`.
+    """
     api = HfApi(token=token)
     card = RepoCard.load(folder / "README.md", ignore_metadata_errors=False)
     card.data.models = [model_id]
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    contents = {name: path for name, path in files.items() if "__pycache__" not in name and name != "__init__.py"}
+    contents = {name: str(path) for name, path in visible_files(folder).items()} | {"README.md": str(card).encode()}
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     with _readable_errors(space_id):
-        api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
-        api.add_space_variable(space_id, SPACE_SETTING, model_id)  # before its files, so that it starts with it
-        parent = api.repo_info(space_id, repo_type="space").sha
-        operations = [CommitOperationAdd(name, str(path)) for name, path in contents.items() if name != "README.md"]
-        operations.append(CommitOperationAdd("README.md", str(card).encode()))
-        where = {"repo_id": space_id, "repo_type": "space"}
-        api.create_commit(operations=operations, commit_message=f"Show {model_id}", parent_commit=parent, **where)
-    return f"{api.endpoint}/spaces/{space_id}"
+        model = api.model_info(model_id)
+        new = not api.repo_exists(space_id, repo_type="space")
+        api.create_repo(space_id, repo_type="space", space_sdk="gradio", private=model.private or None, exist_ok=True)
+        if new:  # or it would start without its model
+            api.add_space_variable(space_id, SPACE_SETTING, model_id)
+        parent = api.space_info(space_id).sha
+        api.create_commit(
+            space_id, operations, commit_message=f"Show {model_id}", repo_type="space", parent_commit=parent
+        )
+        if not new:
+            api.add_space_variable(space_id, SPACE_SETTING, model_id)
+    return f"{api.endpoint}/spaces/{space_id}", bool(model.private or model.gated)
 
 
 @contextmanager
@@ -180,14 +232,13 @@ def _readable_errors(repo_id: str) -> Iterator[None]:
         raise OSError("no token: log in with `hf auth login`, or set HF_TOKEN") from None
     except (HfHubHTTPError, httpx.TransportError) as error:
         raise OSError(_explain(repo_id, error)) from error
-    except RuntimeError as error:  # how the client says that a file did not arrive
-        if not isinstance(error.__cause__, (HfHubHTTPError, httpx.TransportError)):
-            raise
-        raise OSError(_explain(repo_id, error.__cause__)) from error
+    except (RuntimeError, ConnectionError, TimeoutError) as error:  # how the client says that a file did not arrive
+        cause = error.__cause__ if isinstance(error.__cause__, (HfHubHTTPError, httpx.TransportError)) else error
+        raise OSError(_explain(repo_id, cause)) from error
 
 
 def _explain(repo_id: str, error: Exception) -> str:
-    if isinstance(error, httpx.TransportError):
+    if not isinstance(error, HfHubHTTPError):
         reason = str(error) or type(error).__name__
         return (
             f"the connection to the Hub broke ({reason}); nothing was published by halves. Give the command again: "
@@ -199,7 +250,7 @@ def _explain(repo_id: str, error: Exception) -> str:
     if status == 401:
         return "the Hub does not accept the token: log in with `hf auth login`, or set HF_TOKEN to a valid one"
     if status == 403:
-        return f"the token may not write to {repo_id}: it needs the permission to write there"
+        return f"the token may not write to {repo_id}, or not do this there: {error.server_message or error}"
     if status == 412:
         return f"{repo_id} was changed by someone else meanwhile; nothing was published. Give the command again"
     if status in BUSY:

@@ -2,17 +2,18 @@
 """What a run folder and files of measurements say, without where a machine keeps its files."""
 
 import json
+import re
 import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..identity import model_revision
 
-
+USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
+PATH_INSIDE = re.compile(r"(?<=[\s\"':=,])/(?:[^\s/\"',{}]+/)+[^\s/\"',{}]+")
 CURVE_ROWS = 6
 CURVE_NAMES = ("loss", "miou", "best_miou", "masked_error", "visible_error", "cosine")
 PROMPTS = {"center": "click in the centre", "uniform": "click anywhere", "box": "tight box"}
@@ -84,16 +85,16 @@ def read_speed(path: Path) -> dict[str, Any]:
     return shorten_paths(record)
 
 
-def read_evaluation(path: Path, model: Path) -> dict[str, Any]:
+def read_evaluation(path: Path, revisions: Collection[str]) -> dict[str, Any]:
     """Read what `efficientsam evaluate --output` wrote and give the data set a name; `ValueError` if it is another.
 
-    Of several models that were evaluated together the one that counts has the content of the folder `model`.
+    `revisions` are those that the model can have been evaluated as (`identity.model_revision`): of several models in
+    the file the one that has one of them counts, and numbers of another model are an error.
     """
     if not path.is_file():
         raise FileNotFoundError(f"metrics {str(path)!r} is not a file")
     record = _read_json(path, "metrics", ())
-    if "models" in record:
-        record = _evaluation_of(path, record["models"], model_revision(str(model)))
+    record = _evaluation_of(path, record.get("models", [record]), revisions)
     _require(record, path, "metrics", ("metrics", "command", "date", "machine", "dtype"))
     if not prompts_of(record["metrics"]):
         raise ValueError(f"metrics {str(path)!r} has none of the prompts {', '.join(PROMPTS)}")
@@ -103,11 +104,11 @@ def read_evaluation(path: Path, model: Path) -> dict[str, Any]:
     return {"dataset": dataset, **shorten_paths(record)}
 
 
-def _evaluation_of(path: Path, records: list[dict[str, Any]], revision: str) -> dict[str, Any]:
+def _evaluation_of(path: Path, records: list[dict[str, Any]], revisions: Collection[str]) -> dict[str, Any]:
     for record in records:
-        if record.get("revision") == revision:
+        if record.get("revision") in revisions or (len(records) == 1 and "revision" not in record):
             return record
-    raise ValueError(f"metrics {str(path)!r} is of {len(records)} models, and none is this run's ({revision})")
+    raise ValueError(f"metrics {str(path)!r} is of another model than this one ({' or '.join(sorted(revisions))})")
 
 
 def prompts_of(metrics: dict[str, Any]) -> list[str]:
@@ -151,7 +152,7 @@ def _require(content: Any, path: Path, argument: str, keys: Iterable[str]) -> No
 
 
 def shorten_paths(value: Any) -> Any:
-    """Cut absolute paths to their last two parts, in commands too: where a machine keeps files is private."""
+    """Cut paths that are absolute or go upwards to their last two parts: where a machine keeps files is private."""
     if isinstance(value, dict):
         return {
             name: shorten_command(entry) if name == "command" else shorten_paths(entry)
@@ -159,7 +160,15 @@ def shorten_paths(value: Any) -> Any:
         }
     if isinstance(value, list):
         return [shorten_paths(entry) for entry in value]
-    return last_parts(value) if isinstance(value, str) and PurePath(value).is_absolute() else value
+    return _shorten_text(value) if isinstance(value, str) else value
+
+
+def _shorten_text(value: str) -> str:
+    value = USER_IN_URL.sub("", value).removeprefix("file://")
+    path = PurePath(value)
+    if path.is_absolute() or ".." in path.parts:
+        return last_parts(value)
+    return PATH_INSIDE.sub(lambda match: last_parts(match[0]), value)
 
 
 def shorten_command(command: str) -> str:
@@ -175,7 +184,10 @@ def shorten_command(command: str) -> str:
 
 
 def last_parts(path: str) -> str:
-    return "/".join(part for part in PurePath(path).parts[-2:] if part not in ("..", PurePath(path).anchor))
+    """The last two parts of a path, but for the name of a user whose home it is."""
+    parts = [part for part in PurePath(path).parts if part not in ("..", PurePath(path).anchor)]
+    at_home = len(parts) == 3 and parts[0] in ("home", "Users")
+    return "/".join(parts[-1:] if at_home else parts[-2:])
 
 
 def curve_rows(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:

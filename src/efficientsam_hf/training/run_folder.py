@@ -2,6 +2,7 @@
 """The folder of a run: its arguments, its log, and a description of what it ran on."""
 
 import json
+import os
 import shlex
 import shutil
 import sys
@@ -45,9 +46,11 @@ def open_run(arguments: TrainerArguments) -> Path:
 
 
 def describe_run(arguments: TrainerArguments) -> dict:
-    """Arguments, command line, versions and machine, for args.json."""
+    """Arguments, which of them name files or folders here, command line, versions and machine, for args.json."""
+    values = asdict(arguments)
     return {
-        "arguments": asdict(arguments),
+        "arguments": values,
+        "local": [name for name, value in values.items() if isinstance(value, str) and os.path.exists(value)],
         "command": shlex.join(sys.argv),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": describe_versions(),
