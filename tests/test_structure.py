@@ -126,4 +126,5 @@ def test_shipped_checkpoint_carries_no_code() -> None:
     # `save_pretrained` copies the model files along; inside the package a copy would only drift from the originals.
     assert list(CHECKPOINTS.rglob("*.py")) == []
     for path in CHECKPOINTS.rglob("*.json"):
-        assert '"auto_map"' not in path.read_text(encoding="utf-8"), f"{path} points to code beside it"
+        text = path.read_text(encoding="utf-8")
+        assert '"auto_map"' not in text and '"custom_pipelines"' not in text, f"{path} points to code beside it"

@@ -28,6 +28,7 @@ from .run_record import RunRecord, read_evaluation, read_run, read_speed, shorte
 EXPORTED = ("README.md", "config.json", "metrics.json", "processor_config.json", "model*.safetensors")
 EXPORTED += ("model.safetensors.index.json", "*_efficientsam*.py", "*_sami.py", "previews")
 MAX_SHARD_SIZE = "5GB"
+POINTERS = ("auto_map", "custom_pipelines")  # entries of a config that name code beside it
 PREVIEW_SIDE = 1600  # pixels of the longer side
 
 
@@ -193,10 +194,10 @@ def remove_code(folder: Path) -> None:
     for path in folder.glob("*.py"):
         path.unlink()
     for path in folder.glob("*.json"):
-        write_json(path, _without_auto_map(json.loads(path.read_text(encoding="utf-8"))))
+        write_json(path, _without_pointers(json.loads(path.read_text(encoding="utf-8"))))
 
 
-def _without_auto_map(value: Any) -> Any:
+def _without_pointers(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_auto_map(entry) for name, entry in value.items() if name != "auto_map"}
+        return {name: _without_pointers(entry) for name, entry in value.items() if name not in POINTERS}
     return value
