@@ -54,8 +54,12 @@ def test_a_student_of_the_shipped_encoder(tmp_path: Path, capsys: pytest.Capture
     with safe_open(next((run / "checkpoints").glob("step_3/model.safetensors")), "pt") as file:
         assert {name.split(".")[0] for name in file.keys()} == {"model"}  # noqa: SIM118 - it is no dict
     assert main([*command, "--resume"]) == 0
-    assert main(["export", str(run), str(tmp_path / "exported")]) == 2
-    assert "trained a model of type 'sami'; only an EfficientSAM" in capsys.readouterr().err
+    assert main(["export", str(run), str(tmp_path / "exported")]) == 0
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "SAMI encoder" in card and "features of `default`" in card and "error, hidden patches" in card
+    capsys.readouterr()
+    assert main(["export", str(run), str(tmp_path / "mean"), "--average", str(run / "model")]) == 2
+    assert "average is for EfficientSAM models" in capsys.readouterr().err
     student = SamiForPreTraining.from_pretrained(run / "model")
     assert student.config.target_width == 256
     model = EfficientSamModel.from_sami(run / "model")
