@@ -278,8 +278,8 @@ def test_bad_prompts_are_named(points, labels, box, message: str) -> None:
 
 
 def test_prompts_on_the_border_are_inside() -> None:
-    segmenting.check_prompts([[0, 0], [400, 300]], [1, 0], None, SIZE)
-    segmenting.check_prompts([], [], [-50, -50, 4000, 9], SIZE)
+    assert segmenting.check_prompts([[0, 0], [400, 300]], [1, 0], None, SIZE) is None
+    assert segmenting.check_prompts([], [], [-50, -50, 4000, 9], SIZE) is None
 
 
 @pytest.mark.parametrize("text, numbers", [("230, 120", [230, 120]), (" 1 2,3 ; 4".replace(";", ""), [1, 2, 3, 4])])

@@ -295,6 +295,7 @@ def test_transparency_is_drawn_anew(tab: Tab) -> None:
     slider.focus()
     slider.press("End")
     tab.wait_for_canvas(lambda address: address != drawn)
+    assert tab.canvas_address() != drawn
 
 
 def test_everything(tab: Tab) -> None:
@@ -341,6 +342,7 @@ def test_bad_files_are_explained_and_the_page_goes_on(tab: Tab, tmp_path: Path) 
     tab.page.wait_for_selector("#upload input[type=file]", state="attached")
     tab.upload(COFFEE)
     tab.click(SAUCER, "Decoded in")
+    assert "Predicted IoU" in tab.status()
 
 
 def test_camera(tab: Tab) -> None:
@@ -350,6 +352,7 @@ def test_camera(tab: Tab) -> None:
     tab.page.wait_for_timeout(500)  # the first frame
     tab.page.get_by_role("button", name="capture photo").click()
     tab.wait_for_status("encoded once")
+    assert tab.page.locator("#canvas img").is_visible()
 
 
 def test_paste(open_tab: Callable[..., Tab]) -> None:
@@ -357,6 +360,7 @@ def test_paste(open_tab: Callable[..., Tab]) -> None:
     tab.page.evaluate(COPY_PICTURE)
     tab.page.get_by_role("button", name="Paste from clipboard").click()
     tab.wait_for_status("300 x 200 pixels, encoded once")
+    assert tab.page.locator("#canvas img").is_visible()
 
 
 COPY_PICTURE = """async () => {

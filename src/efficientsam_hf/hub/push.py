@@ -105,11 +105,13 @@ def push_folder(folder: Path, target: HubTarget, token: str | None = None) -> st
     api = HfApi(token=token)
     with _readable_errors(target.repo_id):
         check_card(api, card)
-        _make_repository(api, target)
+        tagged = _make_repository(api, target)
         contents: dict[str, Path | bytes] = {**files, "README.md": card.encode()}
         commit = _commit(api, target, contents)
-        if target.tag:
-            _tag(api, target, commit.oid)
+        if target.tag and tagged is None:
+            api.create_tag(target.repo_id, tag=target.tag, revision=commit.oid)
+    if target.tag and tagged not in (None, commit.oid):
+        raise ValueError(f"tag: {commit.oid} was published, but {target.tag!r} stays on {tagged}: give another")
     if target.pull_request and not commit.pr_url:
         return f"nothing: {target.repo_id} holds all of this already"
     return commit.pr_url or commit.commit_url
@@ -127,10 +129,11 @@ def check_card(api: HfApi, card: str) -> None:
     raise ValueError(f"the Hub does not accept the card: {errors}")
 
 
-def _make_repository(api: HfApi, target: HubTarget) -> None:
+def _make_repository(api: HfApi, target: HubTarget) -> str | None:
     """Create repository and branch where they are missing, and set who may see them before there is anything to see.
 
-    ValueError if the repository is public and should be private, or if the tag is on a commit before the last.
+    Returns the commit that has the tag already. ValueError if the repository is public and should be private, or if
+    the tag is on a commit before the last.
     """
     api.create_repo(target.repo_id, private=target.private or None, exist_ok=True)
     info = api.repo_info(target.repo_id)
@@ -146,15 +149,7 @@ def _make_repository(api: HfApi, target: HubTarget) -> None:
     tagged = {ref.name: ref.target_commit for ref in refs.tags}.get(target.tag)
     if tagged not in (None, heads.get(target.branch or "main")):
         raise ValueError(f"tag: {target.repo_id} has a tag {target.tag!r} on another commit already")
-
-
-def _tag(api: HfApi, target: HubTarget, commit: str) -> None:
-    """Name the commit; a tag that names it already stays. ValueError if the tag is on the commit before."""
-    tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(target.repo_id).tags}
-    if target.tag not in tags:
-        api.create_tag(target.repo_id, tag=target.tag, revision=commit)
-    elif tags[target.tag] != commit:
-        raise ValueError(f"tag: {commit} was published, but {target.tag!r} stays on {tags[target.tag]}: give another")
+    return tagged
 
 
 def _commit(api: HfApi, target: HubTarget, contents: dict[str, Path | bytes]) -> Any:
@@ -166,12 +161,13 @@ def _commit(api: HfApi, target: HubTarget, contents: dict[str, Path | bytes]) ->
         CommitOperationAdd(name, str(content) if isinstance(content, Path) else content)
         for name, content in contents.items()
     ]
-    where = {"repo_id": target.repo_id, "revision": target.branch, "create_pr": target.pull_request}
     return api.create_commit(
-        operations=[*additions, *(CommitOperationDelete(name) for name in stale)],
+        target.repo_id,
+        [*additions, *(CommitOperationDelete(name) for name in stale)],
         commit_message=target.message,
+        revision=target.branch,
+        create_pr=target.pull_request,
         parent_commit=info.sha,
-        **where,
     )
 
 
@@ -184,7 +180,6 @@ def _is_ours(name: str) -> bool:
 
 def check_space(space_id: str, files: dict[str, Path], private: bool, token: str | None = None) -> None:
     """ValueError, before anything is sent, if a Space cannot show the model in these files, or would show too much."""
-    check_repo_id("space", space_id)
     config = json.loads(files["config.json"].read_text(encoding="utf-8"))
     if config.get("model_type") != EfficientSamConfig.model_type:
         raise ValueError(f"space: it shows EfficientSAM models, and this one is of type {config.get('model_type')!r}")
