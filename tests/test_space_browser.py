@@ -19,6 +19,7 @@ from efficientsam_hf import EfficientSamModel, EfficientSamPredictor, EfficientS
 
 pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")
+expect = sync_api.expect
 
 pytestmark = pytest.mark.browser
 
@@ -30,6 +31,7 @@ FLAGS = (
 DESKTOP = {"viewport": {"width": 1280, "height": 860}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "is_mobile": True, "has_touch": True}
 WAIT = 60_000  # milliseconds; the machine may be busy
+expect.set_options(timeout=WAIT)
 COFFEE = SPACE / "examples" / "coffee.jpg"
 CAT = SPACE / "examples" / "cat.jpg"
 SIZE = (600, 400)
@@ -205,7 +207,7 @@ def test_upload_click_and_download(tab: Tab, predictor: EfficientSamPredictor) -
     assert np.abs(np.subtract(point, SAUCER)).max() <= 1
     tab.wait_for_canvas(lambda address: address != plain)
     assert re.search(r"Predicted IoU 0\.\d\d, .* Decoded in [\d,]+ ms, the picture encoded once in", tab.status())
-    assert tab.page.locator("#gallery button img").count() == 3
+    expect(tab.page.locator("#gallery button img")).to_have_count(3)
     files = tab.files()
     own = best(predictor, point_coords=[point])
     assert set(files) == {"cutout.png", "mask.png", "overlay.jpg", "masks.json"}
@@ -252,7 +254,7 @@ def test_background_click_takes_area_away(tab: Tab, predictor: EfficientSamPredi
 def test_box_shows_its_first_corner_and_then_the_mask(tab: Tab, predictor: EfficientSamPredictor) -> None:
     tab.upload(COFFEE)
     tab.mode("Box")
-    assert not tab.page.locator("#kind").is_visible()
+    expect(tab.page.locator("#kind")).to_be_hidden()
     plain = tab.canvas_address()
     first = tab.click(BOX[1], "opposite corner")
     corner = tab.wait_for_canvas(lambda address: address != plain)
@@ -272,8 +274,9 @@ def test_undo_and_reset(tab: Tab) -> None:
     assert tab.wait_for_canvas(lambda address: address == once)
     tab.press("Reset")
     assert tab.wait_for_canvas(lambda address: address == plain)
-    assert "600 x 400 pixels" in tab.status() and not tab.page.locator("#gallery").is_visible()
-    assert tab.page.locator("#make_files").is_disabled()
+    tab.wait_for_status("600 x 400 pixels")
+    expect(tab.page.locator("#gallery")).to_be_hidden()
+    expect(tab.page.locator("#make_files")).to_be_disabled()
 
 
 def test_another_of_the_three_masks(tab: Tab, predictor: EfficientSamPredictor) -> None:
@@ -284,7 +287,7 @@ def test_another_of_the_three_masks(tab: Tab, predictor: EfficientSamPredictor) 
     tab.wait_for_canvas(lambda address: address != drawn)
     masks, scores, _ = predictor.predict([point])
     assert differ(tab.mask(), masks[np.argsort(-scores)[1]]) < SAME
-    assert tab.page.locator("#gallery button.selected img").get_attribute("alt") == f"IoU {np.sort(scores)[1]:.2f}"
+    expect(tab.page.locator("#gallery button.selected img")).to_have_attribute("alt", f"IoU {np.sort(scores)[1]:.2f}")
 
 
 def test_transparency_is_drawn_anew(tab: Tab) -> None:
@@ -294,8 +297,7 @@ def test_transparency_is_drawn_anew(tab: Tab) -> None:
     slider = tab.page.get_by_role("slider", name="Transparency")
     slider.focus()
     slider.press("End")
-    tab.wait_for_canvas(lambda address: address != drawn)
-    assert tab.canvas_address() != drawn
+    assert tab.wait_for_canvas(lambda address: address != drawn)
 
 
 def test_everything(tab: Tab) -> None:
@@ -306,13 +308,13 @@ def test_everything(tab: Tab) -> None:
     tab.wait_for_status("masks shown")
     shown, found, took = re.search(r"(\d+) of (\d+) masks shown. (Found in .*)", tab.status()).groups()
     assert 0 < int(shown) < int(found)
-    assert tab.page.locator("#table tbody tr").count() == int(shown)
+    expect(tab.page.locator("#table tbody tr")).to_have_count(int(shown))
     for name in ("Predicted IoU at least", "Stability at least"):
         slider = tab.page.get_by_role("slider", name=name)
         slider.focus()
         slider.press("Home")
     tab.wait_for_status(f"{found} of {found} masks shown. {took}")
-    assert tab.page.locator("#table tbody tr").count() == int(found)
+    expect(tab.page.locator("#table tbody tr")).to_have_count(int(found))
     files = tab.files()
     assert set(files) == {"labels.png", "overlay.jpg", "masks.json"}
     assert len(json.loads(files["masks.json"])["annotations"]) == int(found)
@@ -324,7 +326,8 @@ def test_visitors_do_not_see_each_other(open_tab: Callable[..., Tab], predictor:
     first.upload(COFFEE)
     second.upload(CAT)
     point = first.click(SAUCER, "Decoded in")
-    assert "451 x 300" in second.status() and not second.page.locator("#gallery").is_visible()
+    expect(second.page.locator("#gallery")).to_be_hidden()
+    assert "451 x 300" in second.status()
     box = second.page.locator("#canvas img").bounding_box()
     second.page.locator("#canvas img").click(position={"x": box["width"] / 2, "y": box["height"] / 2})
     second.wait_for_status("Decoded in")
@@ -342,7 +345,7 @@ def test_bad_files_are_explained_and_the_page_goes_on(tab: Tab, tmp_path: Path) 
     tab.page.wait_for_selector("#upload input[type=file]", state="attached")
     tab.upload(COFFEE)
     tab.click(SAUCER, "Decoded in")
-    assert "Predicted IoU" in tab.status()
+    tab.wait_for_status("Predicted IoU")
 
 
 def test_camera(tab: Tab) -> None:
@@ -352,7 +355,7 @@ def test_camera(tab: Tab) -> None:
     tab.page.wait_for_timeout(500)  # the first frame
     tab.page.get_by_role("button", name="capture photo").click()
     tab.wait_for_status("encoded once")
-    assert tab.page.locator("#canvas img").is_visible()
+    expect(tab.page.locator("#canvas img")).to_be_visible()
 
 
 def test_paste(open_tab: Callable[..., Tab]) -> None:
@@ -360,7 +363,7 @@ def test_paste(open_tab: Callable[..., Tab]) -> None:
     tab.page.evaluate(COPY_PICTURE)
     tab.page.get_by_role("button", name="Paste from clipboard").click()
     tab.wait_for_status("300 x 200 pixels, encoded once")
-    assert tab.page.locator("#canvas img").is_visible()
+    expect(tab.page.locator("#canvas img")).to_be_visible()
 
 
 COPY_PICTURE = """async () => {
