@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Space under load: visitors who click on different pictures at once, each answer checked.
 
-Usage: python benchmarks/space_load.py [--clients 20] [--seconds 120] [--pause 1.0] [--json FILE]
+Usage: python benchmarks/space_load.py [--clients 20] [--seconds 120] [--rounds 2] [--pause 1.0] [--json FILE]
 
 Starts the Space on loopback with the checkpoint that ships, its code in the folder as on the Hub. Every client has a
 picture of its own, and knows the model's answers for it beforehand: scores and area of each click are compared, and
 every few clicks the mask itself. Times are those of whole clicks, from the event to all that the page shows, without
-the picture's encoding; pauses between them are random around --pause. Ends with 1 after an error or a wrong answer.
+the picture's encoding; pauses between them are random around --pause. At the end of a round all tabs are closed, and
+the next begins with new ones: memory that does not return would add up. Ends with 1 after an error or a wrong answer.
 """
 
 import argparse
@@ -45,18 +46,20 @@ CLICKS_KNOWN = 8  # different clicks of each client
 CLICKS_PER_MASK = 5  # so many for each mask that is compared pixel by pixel
 SCORE_TOLERANCE, SHARE_TOLERANCE, PIXEL_TOLERANCE = 0.011, 0.11, 1e-3  # what is printed is rounded
 SECONDS_BETWEEN_SAMPLES = 0.25
+SECONDS_AFTER_CLOSING = 10  # shorter than the Space's own, so that nobody has to wait
 STATUS = re.compile(r"Predicted IoU ([\d.]+), ([\d.]+) % of the picture. Decoded in ([\d,]+) ms")
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=120, help="how long they click")
+    parser.add_argument("--seconds", type=float, default=120, help="how long they click in a round")
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--pause", type=float, default=1.0, help="mean seconds between two clicks of a client")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     args = parser.parse_args()
-    if args.clients < 1 or args.seconds <= 0 or args.pause < 0:
-        parser.error("--clients and --seconds must be positive, and --pause not negative")
+    if args.clients < 1 or args.rounds < 1 or args.seconds <= 0 or args.pause < 0:
+        parser.error("--clients, --rounds and --seconds must be positive, and --pause not negative")
     return args
 
 
@@ -83,17 +86,18 @@ class Client:
     errors: list[str] = field(default_factory=list)
 
     def run(self, url: str, ready: threading.Barrier, seconds: float, pause: float) -> None:
-        """Load the picture, wait for the others, click until time is up, leave."""
+        """Open a tab, load the picture, wait for the others, click until time is up, close the tab."""
         chance = random.Random(self.number)
         try:
             visitor = Visitor(url)
+            visitor.open()
             visitor.load(self.picture, f"picture_{self.number}.jpg")
             ready.wait(600)
             end = time.monotonic() + seconds
             while time.monotonic() < end:
                 self._click(visitor, chance.choice(self.clicks))
                 time.sleep(chance.uniform(0, 2 * pause))
-            visitor.send("leave")
+            visitor.close()
         except Exception as error:  # whatever it is, it is a result of this measurement
             self.errors.append(f"client {self.number}: {type(error).__name__}: {error}")
             ready.abort()
@@ -187,18 +191,11 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = save_model_with_code(folder / "model")
     segmenter = Segmenter(str(model))
     clients = [make_client(number, segmenter) for number in range(args.clients)]
-    with SpaceServer(folder, model) as server:
+    with SpaceServer(folder, model, seconds_after_closing=SECONDS_AFTER_CLOSING) as server:
         bare = bare_decoder(segmenter)
-        before, samples, stop = memory_of(server.process.pid), [], threading.Event()
-        watcher = in_background(watch, server.process.pid, stop, samples)
-        ready = threading.Barrier(args.clients)
-        threads = [in_background(client.run, server.url, ready, args.seconds, args.pause) for client in clients]
-        for thread in threads:
-            thread.join()
-        stop.set()
-        watcher.join()
+        before = memory_of(server.process.pid)
+        rounds = [one_round(clients, server, args) for _ in range(args.rounds)]
         bare += bare_decoder(segmenter)
-        after = memory_of(server.process.pid)
         traceback = "Traceback" in server.log.read_text()
     clicks = [value for client in clients for value in client.milliseconds]
     return {
@@ -208,8 +205,23 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "click_ms": percentiles(clicks),
         "server_decoder_ms": percentiles([value for client in clients for value in client.decoder_milliseconds]),
         "bare_decoder_ms": percentiles(bare),
-        "memory_mb": {"before": before, "most": max(samples), "after": after},
+        "memory_mb": {"before": before, "rounds": rounds},
     }
+
+
+def one_round(clients: list[Client], server: SpaceServer, args: argparse.Namespace) -> dict[str, float]:
+    """All clients at once; -> the server's memory in MB at most, when the tabs are closed, and when sessions ended."""
+    samples, stop = [], threading.Event()
+    watcher = in_background(watch, server.process.pid, stop, samples)
+    ready = threading.Barrier(args.clients)
+    threads = [in_background(client.run, server.url, ready, args.seconds, args.pause) for client in clients]
+    for thread in threads:
+        thread.join()
+    stop.set()
+    watcher.join()
+    closed = memory_of(server.process.pid)
+    time.sleep(SECONDS_AFTER_CLOSING + 20)  # gradio sees within 15 s that a tab is gone
+    return {"most": max(samples), "closed": closed, "ended": memory_of(server.process.pid)}
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -225,17 +237,19 @@ def main() -> int:
         results = measure(args, Path(folder))
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     date, machine = datetime.now(timezone.utc).isoformat(timespec="seconds"), describe_machine()
-    print(f"{args.clients} clients, {args.seconds:g} s, {results['clicks']} clicks, {results['masks_compared']} masks "
-          f"compared, {len(results['errors'])} errors\n{machine}, {versions}, {date}")  # fmt: skip
+    print(f"{args.clients} clients, {args.rounds} x {args.seconds:g} s, {results['clicks']} clicks, "
+          f"{results['masks_compared']} masks compared, {len(results['errors'])} errors\n"
+          f"{machine}, {versions}, {date}")  # fmt: skip
     for name, key in (
         ("click, whole", "click_ms"),
         ("decoder in it", "server_decoder_ms"),
         ("decoder alone", "bare_decoder_ms"),
     ):
         print(f"{name:<16}{results[key]['median']:>9.1f} ms median{results[key]['p95']:>9.1f} ms 95th percentile")
-    memory = results["memory_mb"]
-    print(f"memory of the server: {memory['before']:.0f} MB before, {memory['most']:.0f} MB at most, "
-          f"{memory['after']:.0f} MB after")  # fmt: skip
+    print(f"memory of the server: {results['memory_mb']['before']:.0f} MB before")
+    for number, memory in enumerate(results["memory_mb"]["rounds"], 1):
+        print(f"round {number}: {memory['most']:.0f} MB at most, {memory['closed']:.0f} when the tabs were closed, "
+              f"{memory['ended']:.0f} when their sessions had ended")  # fmt: skip
     print("\n".join(results["errors"][:20]))
     if args.json:
         record = {"arguments": vars(args), "results": results, "machine": machine, "versions": versions, "date": date}

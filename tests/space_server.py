@@ -25,6 +25,9 @@ START = """
 import runpy, sys
 sys.modules["efficientsam_hf"] = None
 sys.path.insert(0, sys.argv[1])
+if len(sys.argv) > 2:
+    import sessions
+    sessions.SECONDS_AFTER_CLOSING = float(sys.argv[2])
 runpy.run_path(sys.argv[1] + "/app.py", run_name="__main__")
 """
 
@@ -41,11 +44,15 @@ def save_model_with_code(folder: Path) -> Path:
 class SpaceServer:
     """`python app.py` in a copy of the Space's folder, with a home and a cache of its own below `folder`.
 
-    With `threads` the server's torch is bound to so many.
+    With `threads` the server's torch is bound to so many, with `seconds_after_closing` a closed tab's session ends so
+    many seconds after it.
     """
 
-    def __init__(self, folder: Path, model: Path, threads: int | None = None):
+    def __init__(
+        self, folder: Path, model: Path, threads: int | None = None, seconds_after_closing: float | None = None
+    ):
         self.folder = folder
+        self.arguments = [] if seconds_after_closing is None else [str(seconds_after_closing)]
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.cache = folder / "cache"
@@ -66,7 +73,7 @@ class SpaceServer:
 
     def __enter__(self) -> "SpaceServer":
         with self.log.open("w") as log:
-            command = [sys.executable, "-c", START, str(self.home)]
+            command = [sys.executable, "-c", START, str(self.home), *self.arguments]
             self.process = subprocess.Popen(command, env=self.environment, cwd=self.home, stdout=log, stderr=log)
         try:
             self._wait()
@@ -119,6 +126,14 @@ class Visitor:
         self.names = {component["id"]: component["props"].get("elem_id") for component in config["components"]}
         self.look = dict(LOOK)
 
+    def open(self) -> None:
+        """Open the connection by which the server knows that the tab is there."""
+        self.heartbeat = urllib.request.urlopen(f"{self.url}/gradio_api/heartbeat/{self.session}", timeout=60)
+
+    def close(self) -> None:
+        """Close the tab."""
+        self.heartbeat.close()
+
     def upload(self, content: bytes, name: str) -> dict[str, Any]:
         """Send a file; -> what refers to it in events."""
         boundary = uuid.uuid4().hex
@@ -137,8 +152,7 @@ class Visitor:
 
     def mask_files(self) -> dict[str, bytes]:
         """Make the files and download them: name -> content."""
-        update = self.send("make_files")["files"]
-        return {file["orig_name"]: self._get_url(file["url"]) for file in update["value"]}
+        return {file["orig_name"]: self._get_url(file["url"]) for file in self.send("make_files")["files"]}
 
     def send(self, name: str, *values: Any, event: Any = None) -> dict[str, Any]:
         """Trigger an event and wait; -> what changes, by the components' ids in the page. Raises Refused."""

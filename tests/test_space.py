@@ -9,6 +9,8 @@ import re
 import struct
 import subprocess
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,7 +230,7 @@ def test_a_session_that_ends_holds_nothing() -> None:
     session.take(picture, "a.png", segmenting.Embedding(torch.zeros(1), (30, 40), 1.0))
     session.prompts.clicks.append(sessions.Click(1, 1, 1))
     assert copy.deepcopy(session).picture is None  # visitors get a fresh one, never a copy
-    session.free()
+    session.end()
     assert (
         session.picture
         is session.view
@@ -238,6 +240,17 @@ def test_a_session_that_ends_holds_nothing() -> None:
         is session.candidates
         is None
     )
+
+
+def test_a_session_ends_after_its_tab_unless_the_visitor_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = threading.Event()
+    session = sessions.Session()
+    monkeypatch.setattr(session, "end", ends.set)
+    session.end_unless_used(0.2)
+    session.uses += 1
+    assert not ends.wait(0.5)
+    session.end_unless_used(0.2)
+    assert ends.wait(10)
     assert not session.prompts.clicks and not session.windows
 
 
@@ -356,9 +369,9 @@ facts = {
     "options": served,
     "public": [f.api_name for f in functions if f.api_visibility != "private"],
     "waiting": blocks._queue.max_size,
-    "lanes": [[f.concurrency_id, f.concurrency_limit] for f in functions if f.queue],
+    "lanes": [[f.concurrency_id, f.concurrency_limit] for f in functions if f.queue and f.api_name != "close"],
     "time_to_live": state.time_to_live,
-    "frees": state.delete_callback is sessions.Session.free,
+    "frees": state.delete_callback is sessions.Session.end,
     "title": next(block.value for block in blocks.blocks.values() if block.elem_id == "title"),
     "kinds_without_background": [value for _, value in kinds],
 }
@@ -511,7 +524,8 @@ def test_demo_refuses_in_one_line(arguments, message: str, tmp_path: Path, monke
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpaceServer]:
     folder = tmp_path_factory.mktemp("space")
-    with SpaceServer(folder, save_model_with_code(folder / "model"), threads=1) as running:
+    model = save_model_with_code(folder / "model")
+    with SpaceServer(folder, model, threads=1, seconds_after_closing=1.0) as running:
         yield running
 
 
@@ -752,7 +766,7 @@ def test_a_box_of_two_clicks(visitor: Visitor, own_answer) -> None:
     visitor.load(COFFEE)
     visitor.look["mode"] = "Box"
     first = visitor.click(820, 610)
-    assert "opposite corner" in status(first) and first["canvas"]["value"]
+    assert "opposite corner" in status(first) and first["canvas"]["url"]
     visitor.click(344, 34)
     corners = [drawing.view_to_picture(point, (1200, 800), (600, 400)) for point in ((344, 34), (820, 610))]
     masks, _ = own_answer(box=[*corners[0], *corners[1]])
@@ -820,6 +834,19 @@ def test_sessions_do_not_see_each_other(server: SpaceServer, own_answer) -> None
     with pytest.raises(Refused, match="no longer here"):
         coffee.click(580, 360)
     assert "Decoded" in status(cat.click(500, 300))
+
+
+def test_a_closed_tab_is_forgotten_and_one_that_comes_back_is_not(server: SpaceServer) -> None:
+    gone, back = Visitor(server.url), Visitor(server.url)
+    for visitor in (gone, back):
+        visitor.open()
+        visitor.load(COFFEE)
+        visitor.close()
+    for _ in range(10):
+        time.sleep(0.5)
+        assert "Decoded in" in status(back.click(580, 360))
+    with pytest.raises(Refused, match="no longer here"):
+        gone.click(580, 360)
 
 
 def test_large_pictures_keep_their_coordinates(visitor: Visitor, predictor) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import downloads
 import drawing
 import gradio as gr
 import numpy as np
+import sessions
 from gradio.processing_utils import save_bytes_to_cache
 from pictures import InputError, open_picture, picture_name
 from PIL import Image
@@ -60,27 +62,34 @@ class Actions:
     def __init__(self, segmenter: Segmenter, widgets: Widgets):
         self.segmenter = segmenter
         self.widgets = widgets
+        self.tabs: WeakValueDictionary[str, Session] = WeakValueDictionary()
 
     @handler
-    def load(self, session: Session, path: str | None, *look: Any) -> Updates:
+    def load(self, tab: gr.Request, session: Session, path: str | None, *look: Any) -> Updates:
         """Open and encode a picture that was uploaded, pasted or taken."""
         if path is None:
             return {self.widgets.session: session}
-        return self._take(session, path, Look(*look))
+        return self._take(tab, session, path, Look(*look))
 
     @handler
-    def load_example(self, session: Session, name: str, *look: Any) -> Updates:
+    def load_example(self, tab: gr.Request, session: Session, name: str, *look: Any) -> Updates:
         """Open and encode an example by its name."""
         if name not in EXAMPLES:
             raise InputError("There is no such example.")
-        return self._take(session, FOLDER / "examples" / EXAMPLES[name], Look(*look))
+        return self._take(tab, session, FOLDER / "examples" / EXAMPLES[name], Look(*look))
+
+    def close(self, tab: gr.Request) -> None:
+        """A tab was closed, or cannot be reached: its session ends, unless it comes back soon."""
+        session = self.tabs.get(tab.session_hash)
+        if session is not None:
+            session.end_unless_used(sessions.SECONDS_AFTER_CLOSING)
 
     def leave(self, session: Session) -> Updates:
         """Free the picture and go back to the start."""
-        session.free()
+        session.end()
         w = self.widgets
         shown = {w.start: gr.update(visible=True), w.work: gr.update(visible=False), w.upload: None, w.canvas: None}
-        return {**shown, w.files: gr.update(value=None, visible=False), w.table: "", w.session: session}
+        return {**shown, w.files: None, w.table: "", w.session: session}
 
     def change_mode(self, session: Session, *look: Any) -> Updates:
         """Show the controls and the picture of another mode."""
@@ -174,9 +183,10 @@ class Actions:
                 files = self._files_of_candidate(session, look)
         folder = self.widgets.files.GRADIO_CACHE
         paths = [save_bytes_to_cache(content, name, folder) for name, content in files.items()]
-        return {self.widgets.files: gr.update(value=paths, visible=True), self.widgets.session: session}
+        return {self.widgets.files: paths, self.widgets.session: session}
 
-    def _take(self, session: Session, path: str | Path, look: Look) -> Updates:
+    def _take(self, tab: gr.Request, session: Session, path: str | Path, look: Look) -> Updates:
+        self.tabs[tab.session_hash] = session
         picture = open_picture(path)
         session.take(picture, picture_name(path), self.segmenter.embed(picture))
         w = self.widgets
@@ -220,22 +230,34 @@ class Actions:
         return kept, [session.windows[index] for index in kept]
 
     def _shown(self, session: Session, look: Look, with_gallery: bool = True) -> Updates:
-        """What the page shows of a session; files that were made before are out of date."""
+        """What the page shows of a session; files that were made before are out of date.
+
+        Values alone where they are enough: for an update of properties gradio makes the whole component anew.
+        """
         w = self.widgets
         with session.lock:
+            session.uses += 1
             if session.picture is None:
                 return {w.session: session}
-            shown = {w.session: session, w.files: gr.update(value=None, visible=False)}
+            shown = {w.session: session, w.files: None}
             if look.mode == EVERYTHING:
-                return {**shown, w.prompted: gr.update(visible=False), **self._shown_everything(session, look)}
+                return {**shown, w.gallery: None, **self._shown_everything(session, look)}
             return {**shown, **self._shown_candidates(session, look, with_gallery)}
+
+    def _files_on_offer(self, session: Session, offered: bool) -> Updates:
+        """The button that makes files, when it is to change."""
+        if session.offers_files == offered:
+            return {}
+        session.offers_files = offered
+        return {self.widgets.make_files: gr.update(interactive=offered)}
 
     def _shown_candidates(self, session: Session, look: Look, with_gallery: bool) -> Updates:
         w, candidates = self.widgets, session.candidates
         canvas, share = session.view.copy(), 0.0
-        answered = candidates is not None
-        shown: Updates = {w.make_files: gr.update(interactive=answered), w.prompted: gr.update(visible=answered)}
-        if candidates is not None:
+        shown = self._files_on_offer(session, candidates is not None)
+        if candidates is None:
+            shown[w.gallery] = None
+        else:
             mask = self.segmenter.mask(candidates, session.chosen, (canvas.height, canvas.width))
             share = float(mask.mean())
             drawing.draw_mask(canvas, drawing.mask_window(mask), drawing.PALETTE[0], look.opacity)
@@ -244,8 +266,7 @@ class Actions:
                 shown[w.gallery] = gallery_update(session, small)
         draw_prompts(canvas, session)
         text = status_of_prompts(session, look.mode, share)
-        shown[w.canvas] = gr.update(value=view_file(canvas, w.canvas), alt_text=f"Your picture. {text}")
-        return {**shown, w.status: paragraph(text)}
+        return {**shown, w.canvas: view_file(canvas, w.canvas), w.status: paragraph(text)}
 
     def _shown_everything(self, session: Session, look: Look) -> Updates:
         w = self.widgets
@@ -254,10 +275,10 @@ class Actions:
         drawing.draw_windows(canvas, windows, kept.tolist(), look.opacity)
         text = status_of_everything(session, len(kept))
         return {
-            w.canvas: gr.update(value=view_file(canvas, w.canvas), alt_text=f"Your picture. {text}"),
+            **self._files_on_offer(session, len(kept) > 0),
+            w.canvas: view_file(canvas, w.canvas),
             w.status: paragraph(text),
             w.table: "" if session.everything is None else table_of(session.everything, kept),
-            w.make_files: gr.update(interactive=len(kept) > 0),
         }
 
     def _files_of_candidate(self, session: Session, look: Look) -> dict[str, bytes]:

@@ -21,6 +21,8 @@ SETTING = "MODEL_ID"
 WAITING_AT_MOST = 64  # events in the queue, beyond which visitors are told to come back
 SESSIONS_AT_MOST = 40  # the oldest are dropped: each may hold a picture of 75 MB
 SECONDS_BETWEEN_CLEANINGS, SECONDS_OF_FILES = 600, 3600
+# gradio sums up all events so far after each one, for a page that is switched off here.
+STATISTICS = {"GRADIO_ANALYTICS_MAX_EVENTS": "100", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000"}
 # What takes seconds does not hold up those who click: a click takes milliseconds.
 ENCODER = {"concurrency_id": "encoder", "concurrency_limit": 1}
 DECODER = {"concurrency_id": "decoder", "concurrency_limit": 1}
@@ -36,10 +38,14 @@ def model_id() -> str:
 
 def build(segmenter: Segmenter) -> gr.Blocks:
     """The app on a model."""
+    for setting, value in STATISTICS.items():
+        os.environ.setdefault(setting, value)
     files = (SECONDS_BETWEEN_CLEANINGS, SECONDS_OF_FILES)
     with gr.Blocks(title="EfficientSAM", analytics_enabled=False, delete_cache=files) as app:
         widgets = build_widgets(segmenter)
-        _connect(widgets, Actions(segmenter, widgets))
+        actions = Actions(segmenter, widgets)
+        _connect(widgets, actions)
+        app.unload(actions.close)
         add_endpoints(segmenter, **ENCODER)
     return app.queue(max_size=WAITING_AT_MOST, default_concurrency_limit=1)
 

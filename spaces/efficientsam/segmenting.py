@@ -5,7 +5,10 @@ Points and boxes are pixels of the picture, x to the right and y down; 0 <= x <=
 """
 
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,12 +75,31 @@ class Everything:
         return Everything([self.masks[index] for index in kept], *values, self.size, self.milliseconds)
 
 
+def in_thread(name: str) -> Callable[[Callable], Callable]:
+    """Run a method of Segmenter in its thread `name`, without gradients, and wait for it.
+
+    gradio calls from dozens of threads. In each, torch would start workers of its own, and the allocator keep an area.
+    """
+
+    def decorate(method: Callable) -> Callable:
+        without_gradients = torch.inference_mode()(method)
+
+        @functools.wraps(method)
+        def call(self: "Segmenter", *args: Any, **named: Any) -> Any:
+            return self.threads[name].submit(without_gradients, self, *args, **named).result()
+
+        return call
+
+    return decorate
+
+
 class Segmenter:
     """The model and the processor of a Hub repository or a folder, as its mask-generation pipeline loads them."""
 
     def __init__(self, model_id: str):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.name = model_id
+        self.threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("encoder", "decoder")}
         self.generator = pipeline("mask-generation", model=model_id, trust_remote_code=True, device=device)
         self.model = self.generator.model
         self.processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True)
@@ -91,7 +113,7 @@ class Segmenter:
         """Predicted IoU and stability that everything is computed with."""
         return min(LOWEST_PREDICTED_IOU, self.predicted_iou), min(LOWEST_STABILITY, self.stability)
 
-    @torch.inference_mode()
+    @in_thread("encoder")
     def embed(self, picture: Image.Image) -> Embedding:
         """Encode a picture."""
         start = time.perf_counter()
@@ -99,7 +121,7 @@ class Segmenter:
         tensor = self.model.get_image_embeddings(pixels.to(self.model.device, self.model.dtype))
         return Embedding(tensor, (picture.height, picture.width), _milliseconds(start))
 
-    @torch.inference_mode()
+    @in_thread("decoder")
     def decode(
         self, embedding: Embedding, points: list[list[float]], labels: list[int], box: Box | None = None
     ) -> Candidates:
@@ -130,7 +152,7 @@ class Segmenter:
         check_prompts(points, labels, box, (picture.height, picture.width))
         return self.decode(self.embed(picture), points, labels, box)
 
-    @torch.inference_mode()
+    @in_thread("decoder")
     def masks(self, candidates: Candidates, size: tuple[int, int] | None = None) -> np.ndarray:
         """The candidates at the size of the picture, or another (height, width): -> (M, H, W) bool."""
         size = candidates.size if size is None else size
@@ -141,7 +163,7 @@ class Segmenter:
         chosen = dataclasses.replace(candidates, logits=candidates.logits[rank : rank + 1])
         return self.masks(chosen, size)[0]
 
-    @torch.inference_mode()
+    @in_thread("encoder")
     def everything(self, picture: Image.Image, grid: int) -> Everything:
         """All masks above the lowest thresholds, from `grid` x `grid` points; InputError for a grid not on offer."""
         if grid not in GRIDS:

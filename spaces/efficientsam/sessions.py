@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from dataclasses import dataclass, field
 
@@ -12,6 +14,7 @@ from segmenting import Box, Candidates, Embedding, Everything
 
 
 SECONDS_TO_LIVE = 1800  # after the last action
+SECONDS_AFTER_CLOSING = 120  # of the tab: a phone that sleeps or loses the network closes it too, and comes back
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class Session:
 
     def __init__(self):
         self.lock = threading.RLock()
+        self.uses = 0
+        self.offers_files = False  # what the page was told last
         self.free()
 
     def __deepcopy__(self, memo: dict) -> Session:
@@ -83,6 +88,21 @@ class Session:
             self.embedding: Embedding | None = None
             self.forget_everything()
             self.forget_prompts()
+
+    def end(self) -> None:
+        """Forget everything and give the memory back."""
+        self.free()
+        return_memory()
+
+    def end_unless_used(self, seconds: float) -> None:
+        """End after so many seconds, if the visitor does nothing until then."""
+        timer = threading.Timer(seconds, self._end_if_unused_since, [self.uses])
+        timer.daemon = True
+        timer.start()
+
+    def _end_if_unused_since(self, uses: int) -> None:
+        if self.uses == uses:
+            self.end()
 
     def forget_prompts(self) -> None:
         """Start anew on the same picture."""
@@ -115,3 +135,11 @@ class Session:
     def picture_point(self, point: list[float]) -> list[float]:
         """The pixel of the picture under a pixel of the view."""
         return drawing.view_to_picture(point, self.view.size, self.picture.size)
+
+
+def return_memory() -> None:
+    """Give back to the system what was freed: glibc keeps it for each thread that it was used in."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none, and no need of it
+        if trim is not None:
+            trim(0)

@@ -65,7 +65,6 @@ class Widgets:
     undo: gr.Button
     reset: gr.Button
     another: gr.Button
-    prompted: gr.Column
     gallery: gr.Gallery
     automatic: gr.Column
     grid: gr.Radio
@@ -93,7 +92,7 @@ class Widgets:
 def build_widgets(segmenter: Segmenter) -> Widgets:
     """Lay out the page inside the current `gr.Blocks`."""
     parts: dict[str, Any] = {}
-    parts["session"] = gr.State(Session(), time_to_live=SECONDS_TO_LIVE, delete_callback=Session.free)
+    parts["session"] = gr.State(Session(), time_to_live=SECONDS_TO_LIVE, delete_callback=Session.end)
     gr.HTML(title_of(segmenter.name), elem_id="title")
     with gr.Column(elem_id="start") as parts["start"]:
         parts |= _start()
@@ -155,7 +154,7 @@ def _canvas(segmenter: Segmenter) -> dict[str, Any]:
 def _results(segmenter: Segmenter) -> dict[str, Any]:
     """What came out, and how it is shown and taken away."""
     parts: dict[str, Any] = {}
-    with gr.Column(visible=False, elem_id="prompted") as parts["prompted"]:
+    with gr.Column(elem_id="prompted"):
         gr.HTML("<p>A prompt can mean several things. Pick the mask you meant:</p>", elem_id="pick")
         parts["gallery"] = gr.Gallery(
             label="Three masks: pick one",
@@ -172,7 +171,7 @@ def _results(segmenter: Segmenter) -> dict[str, Any]:
         parts |= _everything(segmenter)
     parts["transparency"] = gr.Slider(0, 100, value=55, step=5, label="Transparency of masks (%)", buttons=[])
     parts["make_files"] = gr.Button("Make files to download", size="md", interactive=False, elem_id="make_files")
-    parts["files"] = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="files")
+    parts["files"] = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="files")
     with gr.Accordion("Without a mouse: type coordinates", open=False):
         parts["coordinates"] = gr.Textbox(
             label="Pixels of the picture: x, y of a point, or x0, y0, x1, y1 of a box",
