@@ -251,6 +251,17 @@ def test_a_folder_that_is_no_cache(tmp_path) -> None:
 # The commands
 
 
+def test_scenes_read_together_are_those_read_alone() -> None:
+    scenes = SceneImages(9, 3, 64)
+    together = scenes.__getitems__([7, 2, 3])
+    for sample, number in zip(together, (7, 2, 3)):
+        alone = scenes[number]
+        assert sample["image_id"] == alone["image_id"] == str(number)
+        assert sample["image"].tobytes() == alone["image"].tobytes()
+    with pytest.raises(IndexError):
+        scenes.__getitems__([1, 9])
+
+
 def test_pretraining_from_a_cache_of_scenes(tmp_path, vit, recipe_without_teacher) -> None:
     """Seed and size of the scenes come from the cache, whatever the run's are."""
     source = ["--teacher", vit, "--scenes", "4", "--scene-size", "96", "--seed", "5", "--grid", "4", "--crops", "1"]

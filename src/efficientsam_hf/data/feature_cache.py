@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -216,12 +217,10 @@ class _Parts:
 
     def __call__(self, records: Sequence[int]) -> dict[str, Any]:
         result: dict[str, Any] = {"asked": list(records), "images": [], "records": [], "image_ids": [], "problems": {}}
-        last, sample = None, None
-        for record in records:
-            number = record // max(self.index.crops, 1)
-            if number != last:
-                last, sample = number, self._read(number, result["problems"])
-            if sample is not None:
+        parts = groupby(records, lambda record: record // max(self.index.crops, 1))
+        wanted = {number: list(own) for number, own in parts}
+        for number, sample in self._read(list(wanted), result["problems"]):
+            for record in wanted[number]:
                 box, mirrored = self.index.part(record, sample["image"].size)
                 result["images"].append(crop(sample["image"], box, self.index.resolution, mirrored))
                 result["records"].append(record)
@@ -230,12 +229,16 @@ class _Parts:
             result["images"] = torch.stack(result["images"])
         return result
 
-    def _read(self, number: int, problems: dict[str, str]) -> dict[str, Any] | None:
-        try:
-            return self.samples[number]
-        except (ValueError, OSError) as error:
-            problems[str(number)] = str(error)
-            return None
+    def _read(self, numbers: list[int], problems: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Pictures by their numbers: all at once where that is cheaper, else one after the other, to hold only one."""
+        if hasattr(self.samples, "__getitems__"):
+            yield from zip(numbers, self.samples.__getitems__(numbers))
+            return
+        for number in numbers:
+            try:
+                yield number, self.samples[number]
+            except (ValueError, OSError) as error:
+                problems[str(number)] = str(error)
 
 
 class FeatureCache:
