@@ -20,7 +20,7 @@ def photo_path(photo: Image.Image, tmp_path: Path) -> Path:
 def example(root: Path, name: str, *arguments: str | Path) -> str:
     """Standard output of a script in examples/; fails with what it wrote to standard error."""
     command = [sys.executable, root / "examples" / name, *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
@@ -67,5 +67,7 @@ def test_sami_claim_in_parts(root: Path, tmp_path: Path) -> None:
     assert "Less mae on the same prompts" in printed
     with Image.open(tmp_path / "out" / "losses.png") as curves:
         assert curves.width > curves.height
-    again = example(root, "sami_claim.py", tmp_path / "out", *flags)
-    assert again.count("steps") == 0 and "| sami | 0." in again
+    again = example(root, "sami_claim.py", tmp_path / "out", *flags, "--ablations")
+    assert again.count("steps") == 4 * 2 and "seed_0/scratch" not in again
+    assert all(f"| {arm} | 0." in again for arm in ("mae", "sami", "cosine_loss", "full_decoder", "pixel_target"))
+    assert "Less sami on the same prompts" in again
