@@ -14,6 +14,7 @@ from PIL import Image
 
 if TYPE_CHECKING:
     from hub_server import HubServer
+    from huggingface_hub import HfApi
 
 
 # No test may reach for the Hub; set before huggingface_hub is imported, which reads it once.
@@ -110,3 +111,19 @@ def hub(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatc
         point_client_at(server, tmp_path_factory.mktemp("hf_home"), monkeypatch)
         yield server
         close_session()
+
+
+@pytest.fixture
+def api(hub: "HubServer") -> "HfApi":
+    """The client of the user who owns the repositories."""
+    from hub_server.helpers import client_of
+
+    return client_of(hub, hub.token)
+
+
+@pytest.fixture
+def repo(api: "HfApi") -> str:
+    """Name of an empty model repository."""
+    from hub_server.helpers import REPO
+
+    return api.create_repo(REPO).repo_id

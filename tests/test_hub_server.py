@@ -46,17 +46,6 @@ from huggingface_hub.errors import (
 
 
 @pytest.fixture
-def api(hub: HubServer) -> HfApi:
-    """The client of the user who owns the repositories."""
-    return client_of(hub, hub.token)
-
-
-@pytest.fixture
-def repo(api: HfApi) -> str:
-    return api.create_repo(REPO).repo_id
-
-
-@pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_files(tmp_path / "folder", FILES)
 

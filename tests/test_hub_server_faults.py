@@ -24,7 +24,6 @@ from hub_server.helpers import (
     SHA256,
     WEIGHTS,
     blobs_sent,
-    client_of,
     commit_body,
     operation,
     raw_request,
@@ -40,17 +39,6 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
-
-
-@pytest.fixture
-def api(hub: HubServer) -> HfApi:
-    """The client of the user who owns the repository."""
-    return client_of(hub, hub.token)
-
-
-@pytest.fixture
-def repo(api: HfApi) -> str:
-    return api.create_repo(REPO).repo_id
 
 
 @pytest.fixture
