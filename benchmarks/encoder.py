@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--compile", action="store_true", help="also the bfloat16 encoder under torch.compile")
+    parser.add_argument("--compile", action="store_true", help="also fused attention under torch.compile")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     args = parser.parse_args()
     if args.repeats < 1:
@@ -59,6 +59,7 @@ def build_variants(args: argparse.Namespace) -> dict[str, Callable[[], torch.Ten
     kinds = {BASELINE: ("eager", torch.float32), "sdpa float32": ("sdpa", torch.float32)}
     kinds["sdpa bfloat16"] = ("sdpa", torch.bfloat16)
     if args.compile:
+        kinds["sdpa float32 compiled"] = ("sdpa", torch.float32)
         kinds["sdpa bfloat16 compiled"] = ("sdpa", torch.bfloat16)
     variants = {}
     for name, (attention, dtype) in kinds.items():

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed and memory of encoder, prompts and segment-everything against the way released code and stock pipeline go.
 
-Usage: python benchmarks/segment_everything.py [--rows encoder prompts everything memory sam] [--image FILE]
+Usage: python benchmarks/segment_everything.py [--rows encoder prompts everything memory sam others] [--image FILE]
        [--preset ti] [--repeats 5] [--prompts 1 16 64] [--grid 32] [--json FILE]
 
 The baseline is frozen here: attention written out in float32, the image repeated for every prompt, every mask brought
 to the size of the image before any is filtered. What is compared takes turns with it in one process; speed-ups are
 medians of the ratios within a turn. Weights are random; `everything` and `memory` of Ti take those of the shipped
 checkpoint, at 1024 pixels, so that there are masks to find. `sam` checks the baseline: the prompt decoder of
-transformers' SamModel has the same work to do. `memory` starts a process for each grid and reads its peak.
+transformers' SamModel has the same work to do. `memory` starts a process for each grid and reads its peak. `others`
+encodes a picture and decodes 64 prompts by other promptable models of transformers, those that can be built here.
 """
 
 import argparse
@@ -41,7 +42,12 @@ from efficientsam_hf.machine import describe_machine
 from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
 
 
-ROWS = ("encoder", "prompts", "everything", "memory", "sam")
+ROWS = ("encoder", "prompts", "everything", "memory", "sam", "others")
+OTHERS = {
+    "SamModel, ViT-B": ("SamModel", "SamConfig"),
+    "Sam2Model, Hiera-T": ("Sam2Model", "Sam2Config"),
+    "EdgeTamModel": ("EdgeTamModel", "EdgeTamConfig"),  # needs timm
+}
 SIZE = 1024
 # Low enough that the shipped checkpoint's masks survive.
 THRESHOLDS = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}
@@ -296,6 +302,30 @@ def sam_rows(args: argparse.Namespace) -> list[dict]:
     return print_row("64 prompts", take_turns(calls, min(args.repeats, 3), args.device))
 
 
+def other_rows(args: argparse.Namespace) -> list[dict]:
+    """Other models of transformers beside ours, all with fused attention and random weights in float32."""
+    pixels = torch.randn(1, 3, SIZE, SIZE, device=args.device)
+    points = torch.rand(1, 64, 1, 2, device=args.device) * (SIZE - 1)
+    labels = torch.ones(1, 64, 1, dtype=torch.long, device=args.device)
+    ours = build_model(args.preset, torch.float32).to(args.device)
+    decoder = EfficientSamFastDecoder(ours, ours.get_image_embeddings(pixels))
+    encode: dict[str, Callable[[], object]] = {"EfficientSAM": lambda: ours.get_image_embeddings(pixels)}
+    decode: dict[str, Callable[[], object]] = {"EfficientSAM": lambda: decoder(points[0], labels[0])}
+    for name, (kind, config) in OTHERS.items():
+        try:
+            model = getattr(transformers, kind)(getattr(transformers, config)()).to(args.device).eval()
+        except ImportError as error:
+            print(f"{name}: not run, {str(error).strip().splitlines()[0]}")
+            continue
+        prompts = {"input_points": points, "input_labels": labels}
+        embeddings = model.get_image_embeddings(pixels)
+        encode[name] = partial(model.get_image_embeddings, pixels)
+        decode[name] = partial(model, image_embeddings=embeddings, **prompts)
+    repeats = min(args.repeats, 3)
+    encoded = print_row("encoder", take_turns(encode, repeats, args.device))
+    return encoded + print_row("64 prompts", take_turns(decode, repeats, args.device))
+
+
 @torch.inference_mode()
 def main() -> None:
     args = parse_arguments()
@@ -308,7 +338,7 @@ def main() -> None:
           f"transformers {transformers.__version__}, {machine}, {date}")  # fmt: skip
     measure_machine(args)
     measure = {"encoder": encoder_rows, "prompts": prompt_rows, "everything": everything_rows, "memory": memory_rows}
-    measure["sam"] = sam_rows
+    measure |= {"sam": sam_rows, "others": other_rows}
     rows = [row for name in args.rows for row in measure[name](args)]
     if args.json:
         record = {
