@@ -151,7 +151,8 @@ def make_client(number: int, segmenter: Segmenter) -> Client:
         place = tuple(chance.randrange(side) for side in view.size)
         candidates = segmenter.decode(embedding, [drawing.view_to_picture(place, view.size, picture.size)], [1])
         if clear_order(candidates):
-            shown, mask = segmenter.mask(candidates, 0, (view.height, view.width)), segmenter.mask(candidates, 0)
+            shown = segmenter.masks(candidates.only(0), (view.height, view.width))[0]
+            mask = segmenter.full_masks(candidates.only(0))[0]
             clicks.append(KnownClick(place, candidates.scores, 100 * float(shown.mean()), mask))
     return Client(number, buffer.getvalue(), clicks)
 
@@ -189,7 +190,7 @@ def in_background(call: Callable[..., None], *values: Any) -> threading.Thread:
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Start the Space, let the clients click, -> the numbers."""
     model = save_model_with_code(folder / "model")
-    segmenter = Segmenter(str(model))
+    segmenter = Segmenter(str(model), trust_remote_code=True)
     clients = [make_client(number, segmenter) for number in range(args.clients)]
     with SpaceServer(folder, model, seconds_after_closing=SECONDS_AFTER_CLOSING) as server:
         bare = bare_decoder(segmenter)

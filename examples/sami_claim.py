@@ -103,7 +103,9 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return (self.folder / "run.json").is_file()
+        """Whether it has come to its end, and was not stopped before."""
+        path = self.folder / "run.json"
+        return path.is_file() and json.loads(path.read_text()).get("interrupted") is None
 
     def train(self, steps: int) -> None:
         """Begin, or go on with what was killed."""
@@ -173,7 +175,10 @@ def step_seconds(args: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_steps(args: argparse.Namespace, kinds: list[str], name: str) -> dict[str, float]:
-    """Median seconds of a step of each kind in three turns; their runs lie in folders of this name."""
+    """Seconds of a step of each kind, the lower quartile of three turns; their runs lie in folders of this name.
+
+    Whatever else the machine did meanwhile made steps longer and none shorter.
+    """
     found: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(3):
         folder = args.output / f"{name}_{turn}"
@@ -185,7 +190,7 @@ def measure_steps(args: argparse.Namespace, kinds: list[str], name: str) -> dict
                 run.train(CALIBRATION_STEPS)
             times = [line["elapsed"] for line in run.log("train")]
             found[kind] += [after - before for before, after in zip(times[2:], times[3:])]  # the first ones warm up
-    return {kind: statistics.median(values) for kind, values in found.items()}
+    return {kind: statistics.quantiles(values, n=4)[0] for kind, values in found.items()}
 
 
 def evaluate(args: argparse.Namespace, seeds: list[int], arms: Sequence[str], prefix: str = "") -> Results:

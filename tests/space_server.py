@@ -45,11 +45,16 @@ class SpaceServer:
     """`python app.py` in a copy of the Space's folder, with a home and a cache of its own below `folder`.
 
     With `threads` the server's torch is bound to so many, with `seconds_after_closing` a closed tab's session ends so
-    many seconds after it.
+    many seconds after it. `model` is a folder, or with `hub`, the address of a Hub, a repository there.
     """
 
     def __init__(
-        self, folder: Path, model: Path, threads: int | None = None, seconds_after_closing: float | None = None
+        self,
+        folder: Path,
+        model: Path | str,
+        threads: int | None = None,
+        seconds_after_closing: float | None = None,
+        hub: str | None = None,
     ):
         self.folder = folder
         self.arguments = [] if seconds_after_closing is None else [str(seconds_after_closing)]
@@ -63,7 +68,8 @@ class SpaceServer:
             **os.environ,
             "MODEL_ID": str(model),
             "HF_HOME": str(folder / "hf_home"),
-            "HF_HUB_OFFLINE": "1",
+            "HF_HUB_OFFLINE": "0" if hub else "1",
+            **({"HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"} if hub else {}),
             "GRADIO_ANALYTICS_ENABLED": "False",
             "GRADIO_SERVER_PORT": str(self.port),
             "GRADIO_TEMP_DIR": str(self.cache),

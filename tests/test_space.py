@@ -9,7 +9,6 @@ import re
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -230,7 +229,7 @@ def test_a_session_that_ends_holds_nothing() -> None:
     session.take(picture, "a.png", segmenting.Embedding(torch.zeros(1), (30, 40), 1.0))
     session.prompts.clicks.append(sessions.Click(1, 1, 1))
     assert copy.deepcopy(session).picture is None  # visitors get a fresh one, never a copy
-    session.end()
+    session.free()
     assert (
         session.picture
         is session.view
@@ -242,16 +241,78 @@ def test_a_session_that_ends_holds_nothing() -> None:
     )
 
 
-def test_a_session_ends_after_its_tab_unless_the_visitor_is_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    ends = threading.Event()
+def held_session(held: sessions.SessionsWithPictures, tab: str) -> sessions.Session:
     session = sessions.Session()
-    monkeypatch.setattr(session, "end", ends.set)
-    session.end_unless_used(0.2)
-    session.uses += 1
-    assert not ends.wait(0.5)
-    session.end_unless_used(0.2)
-    assert ends.wait(10)
-    assert not session.prompts.clicks and not session.windows
+    held.hold(tab, session)
+    with session.in_use():
+        session.take(Image.new("RGB", (40, 30)), "a.png", segmenting.Embedding(torch.zeros(1), (30, 40), 1.0))
+    return session
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time, in an item that tests set; nobody but they look for sessions that are due."""
+    now = [1000.0]
+    monkeypatch.setattr(sessions.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(sessions.SessionsWithPictures, "_watch", lambda self: None)
+    return now
+
+
+def test_sessions_end_when_the_visitor_has_been_away(clock: list[float]) -> None:
+    held = sessions.SessionsWithPictures()
+    open_one, closed = held_session(held, "open"), held_session(held, "closed")
+    held.close("closed")
+    held.close("unknown")
+    clock[0] += sessions.SECONDS_AFTER_CLOSING - 1
+    held.end_due()
+    assert open_one.picture and closed.picture
+    clock[0] += 2
+    held.end_due()
+    assert open_one.picture and closed.picture is None and set(held.by_tab) == {"open"}
+    clock[0] += sessions.SECONDS_TO_LIVE
+    held.end_due()
+    assert open_one.picture is None and not held.by_tab
+
+
+def test_a_visitor_who_comes_back_keeps_the_picture(clock: list[float]) -> None:
+    held = sessions.SessionsWithPictures()
+    session = held_session(held, "tab")
+    held.close("tab")
+    clock[0] += sessions.SECONDS_AFTER_CLOSING - 1
+    with session.in_use():
+        clock[0] += 10
+        held.end_due()
+        assert session.picture, "it ended in the middle of an event"
+    clock[0] += sessions.SECONDS_AFTER_CLOSING + 1
+    held.end_due()
+    assert session.picture
+
+
+def test_a_tab_that_is_closed_during_an_event_ends_after_it(clock: list[float]) -> None:
+    held = sessions.SessionsWithPictures()
+    session = held_session(held, "tab")
+    with session.in_use():
+        held.close("tab")
+    clock[0] += sessions.SECONDS_AFTER_CLOSING + 1
+    held.end_due()
+    assert session.picture is None
+
+
+def test_pictures_are_bounded_and_those_away_longest_go_first(clock: list[float]) -> None:
+    held = sessions.SessionsWithPictures(most=2)
+    first = held_session(held, "first")
+    clock[0] += 1
+    second = held_session(held, "second")
+    clock[0] += 1
+    with first.in_use():
+        pass
+    third = held_session(held, "third")
+    assert first.picture and third.picture and second.picture is None
+    held.close("third")
+    held_session(held, "fourth")
+    assert first.picture and third.picture is None
+    held_session(held, "fourth")  # another picture in the same tab costs nobody anything
+    assert first.picture and set(held.by_tab) == {"first", "fourth"}
 
 
 SIZE = (300, 400)
@@ -344,7 +405,11 @@ INSPECT = """
 import json, sys
 from types import SimpleNamespace
 
+from pathlib import Path
+
 import gradio as gr
+from gradio.route_utils import delete_files_created_by_app
+from PIL import Image
 
 from efficientsam_hf.cli import main
 
@@ -356,11 +421,15 @@ import sessions, widgets
 
 blocks = served.pop("blocks")
 served.pop("theme")
-(state,) = [block for block in blocks.blocks.values() if isinstance(block, gr.State)]
 functions = blocks.fns.values()
 limited = SimpleNamespace(
     name="a/b", lowest_thresholds=(0.3, 0.5), predicted_iou=0.5, stability=0.6, background_points=False
 )
+by_name = {block.elem_id: block for block in blocks.blocks.values() if getattr(block, "elem_id", None)}
+made = widgets.cached_file(b"private", "made.txt", by_name["files"])
+thumbnail = widgets.view_file(Image.new("RGB", (4, 4)), by_name["gallery"])
+delete_files_created_by_app(blocks, age=0)
+icons = [Path(b.icon["path"]) for b in blocks.blocks.values() if isinstance(b, gr.Button) and b.icon]
 with gr.Blocks():
     kinds = widgets.build_widgets(limited).kind.choices
 facts = {
@@ -370,8 +439,8 @@ facts = {
     "public": [f.api_name for f in functions if f.api_visibility != "private"],
     "waiting": blocks._queue.max_size,
     "lanes": [[f.concurrency_id, f.concurrency_limit] for f in functions if f.queue and f.api_name != "close"],
-    "time_to_live": state.time_to_live,
-    "frees": state.delete_callback is sessions.Session.end,
+    "icons_stay": all(map(Path.is_file, icons)) and len(icons),
+    "made_goes": not Path(made).exists() and not Path(thumbnail).exists(),
     "title": next(block.value for block in blocks.blocks.values() if block.elem_id == "title"),
     "kinds_without_background": [value for _, value in kinds],
 }
@@ -403,9 +472,13 @@ def test_only_the_calls_for_programs_are_public(demo_facts: dict) -> None:
 
 def test_queue_and_sessions_are_bounded(demo_facts: dict) -> None:
     assert demo_facts["waiting"] == app.WAITING_AT_MOST
-    assert demo_facts["options"]["state_session_capacity"] == app.SESSIONS_AT_MOST
+    assert demo_facts["options"]["state_session_capacity"] == app.VISITORS_AT_MOST
     assert {tuple(lane) for lane in demo_facts["lanes"]} == {("encoder", 1), ("decoder", 1)}
-    assert demo_facts["time_to_live"] == sessions.SECONDS_TO_LIVE and demo_facts["frees"]
+
+
+def test_cleaning_takes_what_was_made_and_leaves_the_page(demo_facts: dict) -> None:
+    assert demo_facts["icons_stay"] == len(widgets.EXAMPLES)
+    assert demo_facts["made_goes"]
 
 
 def test_checkpoints_without_background_points_offer_none(demo_facts: dict) -> None:
@@ -660,6 +733,7 @@ def test_bad_calls_are_answered_readably(client, coffee) -> None:
         ("/segment_points", {"points": "x" * 20_000}, "list of"),
         ("/segment_box", {"box": [5, 5, 4, 4]}, "empty"),
         ("/segment_everything", {"grid": 5000}, "grid must be one of 8, 16, 32"),
+        ("/segment_everything", {"grid": 8.5}, "grid must be one of 8, 16, 32"),
         ("/segment_everything", {"grid": 8, "stability": 3}, "number from 0 to 1"),
     ]
     for name, inputs, message in cases:
@@ -674,6 +748,17 @@ def test_numbers_that_json_does_not_have(server: SpaceServer, visitor: Visitor) 
             call(server.url, "segment_points", f'{{"data": [{image}, [[{number}, 2]], [1]]}}')
         with pytest.raises(Refused, match="four numbers of pixels"):
             call(server.url, "segment_box", f'{{"data": [{image}, [1, 2, {number}, 9]]}}')
+        with pytest.raises(Refused, match="grid must be one of"):
+            call(server.url, "segment_everything", f'{{"data": [{image}, {number}, null, null]}}')
+        with pytest.raises(Refused, match="from 0 to 1"):
+            call(server.url, "segment_everything", f'{{"data": [{image}, 8, {number}, null]}}')
+    visitor.load(COFFEE)
+    for place in ([float("nan"), 3], [float("inf"), 3], [1], "ab", None, [1, "2"]):
+        with pytest.raises(Refused, match="two numbers"):
+            visitor.send("click", event={"index": place, "value": None})
+    visitor.look["transparency"] = float("nan")
+    with pytest.raises(Refused, match="slider"):
+        visitor.click(3, 3)
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -699,7 +784,7 @@ def test_other_files_of_the_server_are_out_of_reach(server: SpaceServer, visitor
                 visitor.send("load", image)
         with pytest.raises(OSError, match="403|404"):
             visitor._get(f"/gradio_api/file={path}")
-    assert str(SPACE) not in json.dumps(json.loads(visitor._get("/config")))
+    assert str(server.home) not in json.dumps(json.loads(visitor._get("/config")))
 
 
 def test_names_that_look_like_paths_stay_in_the_cache(server: SpaceServer, visitor: Visitor) -> None:
@@ -828,12 +913,33 @@ def test_sessions_do_not_see_each_other(server: SpaceServer, own_answer) -> None
     assert read_mask(files["cat"]["mask.png"]).shape == (300, 451)
     masks, _ = own_answer(point_coords=[drawing.view_to_picture((580, 360), (1200, 800), (600, 400))])
     assert differ(read_mask(files["coffee"]["mask.png"]), masks[0]) < SAME
-    with pytest.raises(Refused, match="no longer here"):
-        empty.click(580, 360)
-    coffee.send("leave")
-    with pytest.raises(Refused, match="no longer here"):
-        coffee.click(580, 360)
+    assert is_start(empty.click(580, 360))
+    assert is_start(coffee.send("leave"))
+    assert is_start(coffee.click(580, 360))
     assert "Decoded" in status(cat.click(500, 300))
+
+
+def is_start(changes: dict) -> bool:
+    """Whether the page went back to the start, with nothing left of a picture."""
+    assert changes["start"]["visible"] == (not changes["work"]["visible"])
+    if changes["start"]["visible"]:
+        assert not changes["make_files"]["interactive"]
+        assert not any(changes[name] for name in ("canvas", "gallery", "files", "upload"))
+    return changes["start"]["visible"]
+
+
+def test_a_page_whose_picture_is_gone_goes_back_to_the_start(visitor: Visitor) -> None:
+    visitor.load(COFFEE)
+    visitor.click(580, 360)
+    visitor.send("leave")
+    for event, values in (("undo", ()), ("redraw", ()), ("change_mode", ()), ("make_files", ()), ("reset", ())):
+        assert is_start(visitor.send(event, *values))
+    assert is_start(visitor.send("choose", event={"index": 0, "value": None}))
+    visitor.look["mode"] = "Everything"
+    assert is_start(visitor.send("find_everything", 8))
+    visitor.look["mode"] = "Click"
+    visitor.load(COFFEE)
+    assert visitor.click(580, 360)["make_files"]["interactive"]
 
 
 def test_a_closed_tab_is_forgotten_and_one_that_comes_back_is_not(server: SpaceServer) -> None:
@@ -845,8 +951,22 @@ def test_a_closed_tab_is_forgotten_and_one_that_comes_back_is_not(server: SpaceS
     for _ in range(10):
         time.sleep(0.5)
         assert "Decoded in" in status(back.click(580, 360))
-    with pytest.raises(Refused, match="no longer here"):
-        gone.click(580, 360)
+    assert is_start(gone.click(580, 360))
+
+
+def test_a_space_loads_the_published_model(hub, api, repo: str, tmp_path: Path, own_answer) -> None:
+    """From a Hub by its name, with the code that lies there and no package of ours."""
+    folder = save_model_with_code(tmp_path / "model")
+    api.upload_folder(repo_id=repo, folder_path=folder)
+    with SpaceServer(tmp_path / "space", repo, threads=1, hub=hub.url) as server:
+        visitor = Visitor(server.url)
+        assert f"Model: {repo}" in visitor._get("/config").decode()
+        visitor.load(COFFEE)
+        assert "Decoded in" in status(visitor.click(580, 360))
+        mask = read_mask(visitor.mask_files()["mask.png"])
+        assert list((tmp_path / "space" / "hf_home").rglob("modeling_efficientsam.py"))
+    masks, _ = own_answer(point_coords=[drawing.view_to_picture((580, 360), (1200, 800), (600, 400))])
+    assert differ(mask, masks[0]) < SAME
 
 
 def test_large_pictures_keep_their_coordinates(visitor: Visitor, predictor) -> None:

@@ -3,23 +3,34 @@
 
 import functools
 import html
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from weakref import WeakValueDictionary
 
 import downloads
 import drawing
 import gradio as gr
 import numpy as np
-import sessions
-from gradio.processing_utils import save_bytes_to_cache
 from pictures import InputError, open_picture, picture_name
 from PIL import Image
-from segmenting import Everything, Segmenter, check_prompts
-from sessions import Click, Prompts, Session
-from widgets import BACKGROUND, BOX, CLICK, EVERYTHING, EXAMPLES, FOLDER, HINTS, Widgets, readable, view_file
+from segmenting import Everything, Segmenter, check_grid, check_prompts
+from sessions import Click, Prompts, Session, SessionsWithPictures
+from widgets import (
+    BACKGROUND,
+    BOX,
+    CLICK,
+    EVERYTHING,
+    EXAMPLES,
+    FOLDER,
+    HINTS,
+    OBJECT,
+    Widgets,
+    cached_file,
+    readable,
+    view_file,
+)
 
 
 ROWS_SHOWN = 200
@@ -37,21 +48,37 @@ class Look:
     predicted_iou: float
     stability: float
 
+    def __post_init__(self):
+        if not all(map(math.isfinite, (self.transparency, self.predicted_iou, self.stability))):
+            raise InputError("A slider must be at a number.")
+
     @property
     def opacity(self) -> float:
         """Of masks, 0 to 1."""
         return 1 - self.transparency / 100
 
 
+class GoneError(Exception):
+    """The session holds no picture any more."""
+
+
 def handler(method: Callable[..., Updates]) -> Callable[..., Updates]:
-    """A method whose InputError is shown to the visitor."""
+    """A method of Actions on a visitor's session, which does not end meanwhile; InputError is shown to the visitor.
+
+    Where the picture is gone, the page says so and goes back to the start.
+    """
 
     @functools.wraps(method)
-    def call(*args: Any) -> Updates:
-        try:
-            return method(*args)
-        except InputError as error:
-            raise readable(error) from None
+    def call(self: "Actions", *args: Any) -> Updates:
+        session = next(value for value in args if isinstance(value, Session))
+        with session.in_use():
+            try:
+                return method(self, *args)
+            except InputError as error:
+                raise readable(error) from None
+            except GoneError:
+                gr.Warning(GONE)
+                return self.leave(session)
 
     return call
 
@@ -62,7 +89,7 @@ class Actions:
     def __init__(self, segmenter: Segmenter, widgets: Widgets):
         self.segmenter = segmenter
         self.widgets = widgets
-        self.tabs: WeakValueDictionary[str, Session] = WeakValueDictionary()
+        self.sessions = SessionsWithPictures()
 
     @handler
     def load(self, tab: gr.Request, session: Session, path: str | None, *look: Any) -> Updates:
@@ -80,20 +107,28 @@ class Actions:
 
     def close(self, tab: gr.Request) -> None:
         """A tab was closed, or cannot be reached: its session ends, unless it comes back soon."""
-        session = self.tabs.get(tab.session_hash)
-        if session is not None:
-            session.end_unless_used(sessions.SECONDS_AFTER_CLOSING)
+        self.sessions.close(tab.session_hash)
 
+    @handler
     def leave(self, session: Session) -> Updates:
         """Free the picture and go back to the start."""
-        session.end()
+        session.free()
         w = self.widgets
-        shown = {w.start: gr.update(visible=True), w.work: gr.update(visible=False), w.upload: None, w.canvas: None}
-        return {**shown, w.files: None, w.table: "", w.session: session}
+        return {
+            w.start: gr.update(visible=True),
+            w.work: gr.update(visible=False),
+            w.make_files: gr.update(interactive=False),
+            w.kind: OBJECT,
+            w.table: "",
+            w.session: session,
+            **dict.fromkeys([w.upload, w.canvas, w.gallery, w.files]),
+        }
 
+    @handler
     def change_mode(self, session: Session, *look: Any) -> Updates:
         """Show the controls and the picture of another mode."""
         w, mode = self.widgets, Look(*look).mode
+        session.mode = mode
         controls = {
             w.kind: gr.update(visible=mode == CLICK),
             w.hint: f"<p>{HINTS[mode]}</p>",
@@ -106,41 +141,42 @@ class Actions:
     def click(self, event: gr.SelectData, session: Session, *look: Any) -> Updates:
         """A click on the picture: a point, a corner of a box, or the question what lies there."""
         look = Look(*look)
-        self._require_picture(session)
-        x, y = session.picture_point(event.index)
-        if look.mode == EVERYTHING:
-            return self._name_mask(session, look, x, y)
-        label = None if look.mode == BOX else int(look.kind != BACKGROUND)
-        return self._answer(session, look, [Click(x, y, label)])
+        check_place(event.index)
+        with session.lock:
+            self._require_picture(session)
+            x, y = session.picture_point(event.index)
+            if look.mode == EVERYTHING:
+                return self._name_mask(session, look, x, y)
+            label = None if look.mode == BOX else int(look.kind != BACKGROUND)
+            return self._answer(session, look, [Click(x, y, label)])
 
     @handler
     def add(self, session: Session, text: str, *look: Any) -> Updates:
         """A point or a box that was typed."""
         look = Look(*look)
-        self._require_picture(session)
         numbers = parse_coordinates(text)
-        size = (session.picture.height, session.picture.width)
-        if len(numbers) == 2:
-            check_prompts([numbers], [1], None, size)
-            clicks = [Click(*numbers, int(look.kind != BACKGROUND))]
-        else:
-            check_prompts([], [], tuple(numbers), size)
-            clicks = [Click(*numbers[:2], None), Click(*numbers[2:], None)]
-        return {self.widgets.coordinates: "", **self._answer(session, look, clicks)}
+        with session.lock:
+            self._require_picture(session)
+            size = (session.picture.height, session.picture.width)
+            if len(numbers) == 2:
+                check_prompts([numbers], [1], None, size)
+                clicks = [Click(*numbers, int(look.kind != BACKGROUND))]
+            else:
+                check_prompts([], [], tuple(numbers), size)
+                clicks = [Click(*numbers[:2], None), Click(*numbers[2:], None)]
+            return {self.widgets.coordinates: "", **self._answer(session, look, clicks)}
 
     @handler
     def undo(self, session: Session, *look: Any) -> Updates:
         """Take the last click back."""
-        self._require_picture(session)
         with session.lock:
-            prompts = Prompts(session.prompts.clicks[:-1])
-            self._decode(session, prompts)
-        return self._shown(session, Look(*look))
+            self._require_picture(session)
+            self._decode(session, Prompts(session.prompts.clicks[:-1]))
+            return self._shown(session, Look(*look))
 
     @handler
     def reset(self, session: Session, *look: Any) -> Updates:
         """Start anew on the same picture."""
-        self._require_picture(session)
         look = Look(*look)
         if look.mode == EVERYTHING:
             session.forget_everything()
@@ -159,14 +195,19 @@ class Actions:
     @handler
     def find_everything(self, session: Session, grid: int, *look: Any) -> Updates:
         """Segment everything with low thresholds, and keep it."""
-        self._require_picture(session)
-        picture = session.picture
-        found = self.segmenter.everything(picture, grid)
+        check_grid(grid)
+        look = Look(*look)
+        with session.lock:
+            self._require_picture(session)
+            picture, session.mode = session.picture, look.mode
+        found = self.segmenter.everything(picture, int(grid))
         with session.lock:
             if session.picture is picture:
                 session.keep_everything(found)
-        return self._shown(session, Look(*look))
+            elsewhere = session.picture is not picture or session.mode != look.mode
+            return {self.widgets.session: session} if elsewhere else self._shown(session, look)
 
+    @handler
     def redraw(self, session: Session, *look: Any) -> Updates:
         """Another transparency or threshold."""
         return self._shown(session, Look(*look), with_gallery=False)
@@ -175,18 +216,14 @@ class Actions:
     def make_files(self, session: Session, *look: Any) -> Updates:
         """Write what is on the screen at the size of the picture."""
         look = Look(*look)
-        self._require_picture(session)
-        with session.lock:
-            if look.mode == EVERYTHING:
-                files = self._files_of_everything(session, look)
-            else:
-                files = self._files_of_candidate(session, look)
-        folder = self.widgets.files.GRADIO_CACHE
-        paths = [save_bytes_to_cache(content, name, folder) for name, content in files.items()]
-        return {self.widgets.files: paths, self.widgets.session: session}
+        make = self._files_of_everything if look.mode == EVERYTHING else self._files_of_candidate
+        files = make(session, look)
+        component = self.widgets.files
+        paths = [cached_file(content, name, component) for name, content in files.items()]
+        return {component: paths, self.widgets.session: session}
 
     def _take(self, tab: gr.Request, session: Session, path: str | Path, look: Look) -> Updates:
-        self.tabs[tab.session_hash] = session
+        self.sessions.hold(tab.session_hash, session)
         picture = open_picture(path)
         session.take(picture, picture_name(path), self.segmenter.embed(picture))
         w = self.widgets
@@ -195,12 +232,11 @@ class Actions:
 
     def _require_picture(self, session: Session) -> None:
         if session.picture is None:
-            raise InputError(GONE)
+            raise GoneError
 
     def _answer(self, session: Session, look: Look, clicks: list[Click]) -> Updates:
         """Add clicks and decode; prompts that are refused are not kept."""
-        with session.lock:
-            self._decode(session, Prompts([*session.prompts.clicks, *clicks]))
+        self._decode(session, Prompts([*session.prompts.clicks, *clicks]))
         return self._shown(session, look)
 
     def _decode(self, session: Session, prompts: Prompts) -> None:
@@ -236,9 +272,7 @@ class Actions:
         """
         w = self.widgets
         with session.lock:
-            session.uses += 1
-            if session.picture is None:
-                return {w.session: session}
+            self._require_picture(session)
             shown = {w.session: session, w.files: None}
             if look.mode == EVERYTHING:
                 return {**shown, w.gallery: None, **self._shown_everything(session, look)}
@@ -254,19 +288,20 @@ class Actions:
     def _shown_candidates(self, session: Session, look: Look, with_gallery: bool) -> Updates:
         w, candidates = self.widgets, session.candidates
         canvas, share = session.view.copy(), 0.0
-        shown = self._files_on_offer(session, candidates is not None)
+        shown: Updates = {}
         if candidates is None:
             shown[w.gallery] = None
         else:
-            mask = self.segmenter.mask(candidates, session.chosen, (canvas.height, canvas.width))
+            mask = self.segmenter.masks(candidates.only(session.chosen), (canvas.height, canvas.width))[0]
             share = float(mask.mean())
             drawing.draw_mask(canvas, drawing.mask_window(mask), drawing.PALETTE[0], look.opacity)
             if with_gallery:
                 small = self.segmenter.masks(candidates, (session.small.height, session.small.width))
-                shown[w.gallery] = gallery_update(session, small)
+                shown[w.gallery] = gallery_update(session, small, w.gallery)
         draw_prompts(canvas, session)
         text = status_of_prompts(session, look.mode, share)
-        return {**shown, w.canvas: view_file(canvas, w.canvas), w.status: paragraph(text)}
+        shown |= {w.canvas: view_file(canvas, w.canvas), w.status: paragraph(text)}
+        return {**shown, **self._files_on_offer(session, candidates is not None)}
 
     def _shown_everything(self, session: Session, look: Look) -> Updates:
         w = self.widgets
@@ -274,41 +309,53 @@ class Actions:
         canvas = session.view.copy()
         drawing.draw_windows(canvas, windows, kept.tolist(), look.opacity)
         text = status_of_everything(session, len(kept))
-        return {
-            **self._files_on_offer(session, len(kept) > 0),
+        shown = {
             w.canvas: view_file(canvas, w.canvas),
             w.status: paragraph(text),
             w.table: "" if session.everything is None else table_of(session.everything, kept),
         }
+        return {**shown, **self._files_on_offer(session, len(kept) > 0)}
 
     def _files_of_candidate(self, session: Session, look: Look) -> dict[str, bytes]:
-        if session.candidates is None:
-            raise InputError("There is no mask yet. Click on an object first.")
-        mask = self.segmenter.mask(session.candidates, session.chosen)
-        overlay = drawing.overlay_of(session.picture)
-        shown = self.segmenter.mask(session.candidates, session.chosen, (overlay.height, overlay.width))
+        with session.lock:  # what it holds is never changed, so the long part needs no lock
+            self._require_picture(session)
+            if session.candidates is None:
+                raise InputError("There is no mask yet. Click on an object first.")
+            chosen, picture, name = session.candidates.only(session.chosen), session.picture, session.name
+        mask = self.segmenter.full_masks(chosen)[0]
+        overlay = drawing.overlay_of(picture)
+        shown = self.segmenter.masks(chosen, (overlay.height, overlay.width))[0]
         drawing.draw_mask(overlay, drawing.mask_window(shown), drawing.PALETTE[0], look.opacity)
-        coco = downloads.candidates_to_coco(session.name, mask[None], [session.candidates.scores[session.chosen]])
+        coco = downloads.candidates_to_coco(name, mask[None], chosen.scores)
         return {
-            "cutout.png": downloads.cutout_png(session.picture, mask),
+            "cutout.png": downloads.cutout_png(picture, mask),
             "mask.png": downloads.to_png(downloads.mask_image(mask)),
             "overlay.jpg": downloads.to_jpeg(overlay),
             "masks.json": downloads.to_json(coco),
         }
 
     def _files_of_everything(self, session: Session, look: Look) -> dict[str, bytes]:
-        kept, _ = self._kept(session, look)
-        if not len(kept):
-            raise InputError("There are no masks yet. Find everything first, or lower the thresholds.")
-        found = session.everything.only(kept)
-        overlay = drawing.overlay_of(session.picture)
+        with session.lock:
+            self._require_picture(session)
+            kept, _ = self._kept(session, look)
+            if not len(kept):
+                raise InputError("There are no masks yet. Find everything first, or lower the thresholds.")
+            found, picture, name = session.everything.only(kept), session.picture, session.name
+        overlay = drawing.overlay_of(picture)
         windows = [drawing.view_window(mask, overlay.size) for mask in found.masks]
         drawing.draw_windows(overlay, windows, kept.tolist(), look.opacity)
         return {
             "labels.png": downloads.to_png(downloads.label_image(found)),
             "overlay.jpg": downloads.to_jpeg(overlay),
-            "masks.json": downloads.to_json(downloads.everything_to_coco(session.name, found)),
+            "masks.json": downloads.to_json(downloads.everything_to_coco(name, found)),
         }
+
+
+def check_place(place: Any) -> None:
+    """InputError unless it is a pixel of the view, [x, y]."""
+    numbers = isinstance(place, (list, tuple)) and [isinstance(value, (int, float)) for value in place]
+    if numbers != [True, True] or not all(map(math.isfinite, place)):
+        raise InputError("A click must be at two numbers, x and y.")
 
 
 def parse_coordinates(text: str) -> list[float]:
@@ -334,10 +381,10 @@ def draw_prompts(canvas: Image.Image, session: Session) -> None:
         drawing.draw_corner(canvas, drawing.picture_to_view((prompts.corner.x, prompts.corner.y), *sizes))
 
 
-def gallery_update(session: Session, masks: np.ndarray) -> Any:
+def gallery_update(session: Session, masks: np.ndarray, gallery: gr.Gallery) -> Any:
     """Thumbnails of the candidates, (M, h, w) of the small picture's size, the chosen one selected."""
     captions = [f"IoU {score:.2f}" for score in session.candidates.scores]
-    thumbnails = [drawing.fade_around(session.small, mask) for mask in masks]
+    thumbnails = [view_file(drawing.fade_around(session.small, mask), gallery) for mask in masks]
     return gr.update(value=list(zip(thumbnails, captions)), selected_index=session.chosen)
 
 

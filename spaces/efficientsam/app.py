@@ -19,7 +19,7 @@ from widgets import FOLDER, Widgets, build_widgets
 
 SETTING = "MODEL_ID"
 WAITING_AT_MOST = 64  # events in the queue, beyond which visitors are told to come back
-SESSIONS_AT_MOST = 40  # the oldest are dropped: each may hold a picture of 75 MB
+VISITORS_AT_MOST = 500  # that gradio remembers; how many of them may hold a picture is in sessions.py
 SECONDS_BETWEEN_CLEANINGS, SECONDS_OF_FILES = 600, 3600
 # gradio sums up all events so far after each one, for a page that is switched off here.
 STATISTICS = {"GRADIO_ANALYTICS_MAX_EVENTS": "100", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000"}
@@ -61,7 +61,7 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
         ),
         css_paths=FOLDER / "style.css",
         max_file_size=MAX_BYTES,
-        state_session_capacity=SESSIONS_AT_MOST,
+        state_session_capacity=VISITORS_AT_MOST,
         enable_monitoring=False,
         run_history=False,
         footer_links=["api"],
@@ -105,7 +105,7 @@ def _connect(w: Widgets, actions: Actions) -> None:
 def main() -> None:
     """Load the model and serve until stopped."""
     try:
-        segmenter = Segmenter(model_id())
+        segmenter = Segmenter(model_id(), trust_remote_code=True)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {str(error).strip().splitlines()[0]}")
     launch(build(segmenter))

@@ -8,7 +8,7 @@ import downloads
 import gradio as gr
 from pictures import InputError, open_picture, picture_name
 from PIL import Image
-from segmenting import Segmenter, short
+from segmenting import Segmenter, check_grid, short
 from widgets import PictureFile, readable
 
 
@@ -80,8 +80,8 @@ class Endpoints:
                 check_threshold(self.segmenter.predicted_iou if predicted_iou is None else predicted_iou),
                 check_threshold(self.segmenter.stability if stability is None else stability),
             ]
-            picture = open_given(image)
-            found = self.segmenter.everything(picture, grid)
+            check_grid(grid)
+            found = self.segmenter.everything(open_given(image), int(grid))
             found = found.only(found.above(*limits))
             return downloads.everything_to_coco(picture_name(image), found), downloads.label_image(found)
         except InputError as error:
@@ -90,7 +90,7 @@ class Endpoints:
     def _segment(self, image: str, points: Any, labels: Any, box: Any) -> tuple[dict[str, Any], Image.Image]:
         picture = open_given(image)
         candidates = self.segmenter.segment(picture, points, labels, box)
-        masks = self.segmenter.masks(candidates)
+        masks = self.segmenter.full_masks(candidates)
         coco = downloads.candidates_to_coco(picture_name(image), masks, candidates.scores)
         return coco, downloads.mask_image(masks[0])
 
@@ -103,7 +103,7 @@ def add_endpoints(segmenter: Segmenter, **limits: Any) -> None:
         points = _list_input("Points", [[230, 120]], {"type": "array", "items": NUMBERS})
         labels = _list_input("Labels", [1], {"type": "array", "items": {"type": "integer"}})
         box = _list_input("Box", [100, 40, 300, 220], NUMBERS)
-        grid = gr.Number(16, label="Grid", precision=0)
+        grid = gr.Number(16, label="Grid")
         predicted_iou, stability = gr.Number(label="Predicted IoU"), gr.Number(label="Stability")
         coco = gr.JSON(label="COCO")
         mask, numbers = (gr.Image(format="png", label=name, buttons=[]) for name in ("Mask", "Numbers"))

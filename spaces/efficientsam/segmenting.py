@@ -53,6 +53,10 @@ class Candidates:
     size: tuple[int, int]
     milliseconds: float
 
+    def only(self, rank: int) -> "Candidates":
+        """One of them, the best at rank 0."""
+        return dataclasses.replace(self, logits=self.logits[rank : rank + 1], scores=self.scores[rank : rank + 1])
+
 
 @dataclass(frozen=True)
 class Everything:
@@ -94,15 +98,20 @@ def in_thread(name: str) -> Callable[[Callable], Callable]:
 
 
 class Segmenter:
-    """The model and the processor of a Hub repository or a folder, as its mask-generation pipeline loads them."""
+    """The model and the processor of a Hub repository or a folder, as its mask-generation pipeline loads them.
 
-    def __init__(self, model_id: str):
+    Without `trust_remote_code` the classes are those that are registered with transformers here.
+    """
+
+    def __init__(self, model_id: str, trust_remote_code: bool):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.name = model_id
         self.threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("encoder", "decoder")}
-        self.generator = pipeline("mask-generation", model=model_id, trust_remote_code=True, device=device)
+        self.generator = pipeline(
+            "mask-generation", model=model_id, trust_remote_code=trust_remote_code, device=device
+        )
         self.model = self.generator.model
-        self.processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=True)
+        self.processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
         options = getattr(self.processor.image_processor, "mask_generation", None) or {}
         self.predicted_iou = float(options.get("pred_iou_thresh", USUAL_PREDICTED_IOU))
         self.stability = float(options.get("stability_score_thresh", USUAL_STABILITY))
@@ -153,21 +162,21 @@ class Segmenter:
         return self.decode(self.embed(picture), points, labels, box)
 
     @in_thread("decoder")
-    def masks(self, candidates: Candidates, size: tuple[int, int] | None = None) -> np.ndarray:
-        """The candidates at the size of the picture, or another (height, width): -> (M, H, W) bool."""
-        size = candidates.size if size is None else size
-        return self.processor.post_process_masks(candidates.logits[None, None], [size])[0][0].numpy()
+    def masks(self, candidates: Candidates, size: tuple[int, int]) -> np.ndarray:
+        """The candidates at a size (height, width) of the screen: -> (M, H, W) bool."""
+        return self._masks(candidates, size)
 
-    def mask(self, candidates: Candidates, rank: int, size: tuple[int, int] | None = None) -> np.ndarray:
-        """One of them, the best at rank 0: -> (H, W) bool."""
-        chosen = dataclasses.replace(candidates, logits=candidates.logits[rank : rank + 1])
-        return self.masks(chosen, size)[0]
+    @in_thread("encoder")
+    def full_masks(self, candidates: Candidates) -> np.ndarray:
+        """The candidates at the size of the picture, which can take seconds: -> (M, H, W) bool."""
+        return self._masks(candidates, candidates.size)
+
+    def _masks(self, candidates: Candidates, size: tuple[int, int]) -> np.ndarray:
+        return self.processor.post_process_masks(candidates.logits[None, None], [size])[0][0].numpy()
 
     @in_thread("encoder")
     def everything(self, picture: Image.Image, grid: int) -> Everything:
-        """All masks above the lowest thresholds, from `grid` x `grid` points; InputError for a grid not on offer."""
-        if grid not in GRIDS:
-            raise InputError(f"The grid must be one of {', '.join(map(str, GRIDS))} points a side, got {short(grid)}.")
+        """All masks above the lowest thresholds, from `grid` x `grid` points."""
         start = time.perf_counter()
         predicted_iou, stability = self.lowest_thresholds
         found = self.generator(
@@ -185,6 +194,12 @@ class Segmenter:
             size=(picture.height, picture.width),
             milliseconds=_milliseconds(start),
         )
+
+
+def check_grid(value: Any) -> None:
+    """InputError unless it is one of the grids on offer."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in GRIDS:
+        raise InputError(f"The grid must be one of {', '.join(map(str, GRIDS))} points a side, got {short(value)}.")
 
 
 def check_prompts(points: Any, labels: Any, box: Any, size: tuple[int, int]) -> None:

@@ -4,8 +4,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import drawing
@@ -14,7 +18,9 @@ from segmenting import Box, Candidates, Embedding, Everything
 
 
 SECONDS_TO_LIVE = 1800  # after the last action
-SECONDS_AFTER_CLOSING = 120  # of the tab: a phone that sleeps or loses the network closes it too, and comes back
+SECONDS_AFTER_CLOSING = 600  # of the tab: a phone that sleeps or changes its network closes it too, and comes back
+SECONDS_BETWEEN_LOOKS = 1
+PICTURES_AT_MOST = 40  # each may be one of 75 MB
 
 
 @dataclass(frozen=True)
@@ -70,39 +76,63 @@ class Session:
 
     def __init__(self):
         self.lock = threading.RLock()
-        self.uses = 0
-        self.offers_files = False  # what the page was told last
+        self.events = 0  # that are going on
+        self.tab_closed = False
+        self.deadline = math.inf  # seconds of time.monotonic() at which it ends, if the visitor does nothing
         self.free()
 
     def __deepcopy__(self, memo: dict) -> Session:
         """A fresh one: gradio copies the initial value for every visitor."""
         return Session()
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """An event of the visitor, who is there, then: until it is over the session does not end."""
+        with self.lock:
+            self.events += 1
+            self.tab_closed = False
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.events -= 1
+                self._wait_again()
+
+    def close_tab(self) -> None:
+        """The visitor has gone, perhaps while an event goes on; a visitor who was only out of reach may come back."""
+        with self.lock:
+            self.tab_closed = True
+            self._wait_again()
+
+    def _wait_again(self) -> None:
+        self.deadline = time.monotonic() + (SECONDS_AFTER_CLOSING if self.tab_closed else SECONDS_TO_LIVE)
+
+    def end_if_due(self) -> bool:
+        """End if the deadline has passed and no event goes on; whether it holds nothing and none is coming."""
+        with self.lock:
+            if self.events:
+                return False
+            if time.monotonic() >= self.deadline:
+                self.free()
+            return self.picture is None
+
+    @property
+    def urgency(self) -> tuple[bool, float]:
+        """Lower for those that are to end before others."""
+        return self.events > 0, self.deadline
+
     def free(self) -> None:
         """Forget the picture and all that was made of it."""
         with self.lock:
             self.name = "picture"
+            self.mode = ""  # that the page went to last
+            self.offers_files = False  # what the page was told last
             self.picture: Image.Image | None = None
             self.view: Image.Image | None = None
             self.small: Image.Image | None = None
             self.embedding: Embedding | None = None
             self.forget_everything()
             self.forget_prompts()
-
-    def end(self) -> None:
-        """Forget everything and give the memory back."""
-        self.free()
-        return_memory()
-
-    def end_unless_used(self, seconds: float) -> None:
-        """End after so many seconds, if the visitor does nothing until then."""
-        timer = threading.Timer(seconds, self._end_if_unused_since, [self.uses])
-        timer.daemon = True
-        timer.start()
-
-    def _end_if_unused_since(self, uses: int) -> None:
-        if self.uses == uses:
-            self.end()
 
     def forget_prompts(self) -> None:
         """Start anew on the same picture."""
@@ -135,6 +165,57 @@ class Session:
     def picture_point(self, point: list[float]) -> list[float]:
         """The pixel of the picture under a pixel of the view."""
         return drawing.view_to_picture(point, self.view.size, self.picture.size)
+
+
+class SessionsWithPictures:
+    """Sessions that hold a picture, by their tabs: at most so many, each until its deadline.
+
+    gradio itself keeps a session for an hour after its tab was closed, whatever it holds.
+    """
+
+    def __init__(self, most: int = PICTURES_AT_MOST):
+        self.most = most
+        self.lock = threading.Lock()
+        self.by_tab: dict[str, Session] = {}
+        self.watch: threading.Thread | None = None
+
+    def hold(self, tab: str, session: Session) -> None:
+        """Take a session that is about to hold a picture; where there are too many, the next one due ends now."""
+        with self.lock:
+            self.by_tab[tab] = session
+            others = [other for other in self.by_tab if other != tab]
+            surplus = None
+            if len(others) >= self.most:
+                surplus = self.by_tab.pop(min(others, key=lambda other: self.by_tab[other].urgency))
+            if self.watch is None:
+                self.watch = threading.Thread(target=self._watch, daemon=True, name="sessions")
+                self.watch.start()
+        if surplus is not None:
+            surplus.free()
+
+    def close(self, tab: str) -> None:
+        """A tab was closed, or is out of reach."""
+        with self.lock:
+            session = self.by_tab.get(tab)
+        if session is not None:
+            session.close_tab()
+
+    def end_due(self) -> None:
+        """End what is due, and give the memory back."""
+        with self.lock:
+            held = list(self.by_tab.items())
+        ended = [(tab, session) for tab, session in held if session.end_if_due()]
+        with self.lock:
+            for tab, session in ended:
+                if self.by_tab.get(tab) is session:
+                    del self.by_tab[tab]
+        if ended:
+            return_memory()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            self.end_due()
 
 
 def return_memory() -> None:

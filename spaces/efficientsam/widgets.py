@@ -13,7 +13,7 @@ from gradio.processing_utils import save_bytes_to_cache
 from pictures import InputError
 from PIL import Image
 from segmenting import GRIDS, Segmenter
-from sessions import SECONDS_TO_LIVE, Session
+from sessions import Session
 
 
 FOLDER = Path(__file__).resolve().parent
@@ -92,7 +92,7 @@ class Widgets:
 def build_widgets(segmenter: Segmenter) -> Widgets:
     """Lay out the page inside the current `gr.Blocks`."""
     parts: dict[str, Any] = {}
-    parts["session"] = gr.State(Session(), time_to_live=SECONDS_TO_LIVE, delete_callback=Session.end)
+    parts["session"] = gr.State(Session())
     gr.HTML(title_of(segmenter.name), elem_id="title")
     with gr.Column(elem_id="start") as parts["start"]:
         parts |= _start()
@@ -123,6 +123,8 @@ def _start() -> dict[str, Any]:
             gr.Button(name, icon=FOLDER / "examples" / file, elem_classes="example", min_width=100)
             for name, file in EXAMPLES.items()
         ]
+    for button in parts["examples"]:  # the icons are files in the cache too, for as long as the server runs
+        button.keep_in_cache.update(button.temp_files)
     return parts
 
 
@@ -201,9 +203,16 @@ def _everything(segmenter: Segmenter) -> dict[str, Any]:
     return parts
 
 
-def view_file(view: Image.Image, component: gr.Image) -> str:
+def view_file(view: Image.Image, component: gr.components.Component) -> str:
     """Write what a component is to show to gradio's cache: a JPEG in which thin coloured lines stay sharp."""
-    return save_bytes_to_cache(to_jpeg(view), "view.jpg", component.GRADIO_CACHE)
+    return cached_file(to_jpeg(view), "view.jpg", component)
+
+
+def cached_file(content: bytes, name: str, component: gr.components.Component) -> str:
+    """Write a file to gradio's cache, for a component to show; it is deleted there like all others."""
+    path = save_bytes_to_cache(content, name, component.GRADIO_CACHE)
+    component.temp_files.add(path)  # what gradio adds itself can be to a visitor's copy, which its cleaning never sees
+    return path
 
 
 def title_of(model: str) -> str:

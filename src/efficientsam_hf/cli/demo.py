@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     name = model_name(args.model or "default")
     check_model(name)
     app = import_app(space_folder())
-    blocks = app.build(app.Segmenter(name))
+    blocks = app.build(app.Segmenter(name, trust_remote_code=False))
     app.launch(blocks, server_name=args.host, server_port=args.port, share=args.share)
     return 0
 
