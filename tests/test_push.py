@@ -16,7 +16,13 @@ from huggingface_hub import HfApi, ModelCard, snapshot_download
 from PIL import Image
 from test_hub import code_blocks, listing, tiny_model, write_run
 
-from efficientsam_hf import EfficientSamModel, EfficientSamProcessor, SamiConfig, SamiForPreTraining
+from efficientsam_hf import (
+    EfficientSamMaskGenerator,
+    EfficientSamModel,
+    EfficientSamProcessor,
+    SamiConfig,
+    SamiForPreTraining,
+)
 from efficientsam_hf.cli import main
 from efficientsam_hf.files import write_folder, write_json
 from efficientsam_hf.hub.model_folder import export_run
@@ -27,6 +33,7 @@ from efficientsam_hf.training.run_folder import RunLog, open_run
 
 REPO = "tester/tiny-masks"
 WEIGHTS = "model.safetensors"
+EVERYTHING = {"points_per_crop": 2, "pred_iou_thresh": 0, "stability_score_thresh": 0, "output_type": "coco_rle"}
 NO_PACKAGE = "import sys; sys.modules['efficientsam_hf'] = None\n"  # an import of it fails
 
 
@@ -97,10 +104,13 @@ def test_a_stranger_gets_the_same_tensors(hub: HubServer, run: Path, tmp_path: P
     photo.save(tmp_path / "photo.png")
     with torch.no_grad():
         outputs = model(**processor(images=photo, input_points=[[[[30, 20]]]], return_tensors="pt"))
+    everything = EfficientSamMaskGenerator(model, processor)(photo, **EVERYTHING)
     torch.save([outputs.pred_masks, outputs.iou_scores], tmp_path / "expected.pt")
+    write_json(tmp_path / "everything.json", everything["masks"])
+    torch.save(everything["scores"], tmp_path / "scores.pt")
     printed = in_new_process(
         f"""
-import torch
+import json, torch
 from transformers import AutoModel, AutoModelForMaskGeneration, AutoProcessor, pipeline
 trust = {{"trust_remote_code": True}}
 processor = AutoProcessor.from_pretrained("{REPO}", **trust)
@@ -111,8 +121,9 @@ for auto in (AutoModel, AutoModelForMaskGeneration):
         outputs = auto.from_pretrained("{REPO}", **trust)(**inputs)
     assert torch.equal(outputs.pred_masks, masks) and torch.equal(outputs.iou_scores, scores)
 generator = pipeline("mask-generation", model="{REPO}", **trust)
-result = generator("photo.png", points_per_crop=2, pred_iou_thresh=0, stability_score_thresh=0)
-assert len(result["masks"]) == len(result["scores"]) > 0
+result = generator("photo.png", **{EVERYTHING})
+assert result["masks"] == json.load(open("everything.json")) and len(result["masks"]) > 0
+assert torch.equal(result["scores"], torch.load("scores.pt"))
 print(type(generator).__module__.split(".")[0], type(generator).__name__)
 """,
         tmp_path,
@@ -252,7 +263,9 @@ def test_a_fault_is_one_line_and_no_half(
     hub.faults.append(fault)
     assert push(hub, run) == 2
     assert expected in failure(capsys) and fault.hits > 0
-    assert WEIGHTS not in hub.repository(REPO).files("main"), "something was published"
+    repository = hub.repository(REPO)
+    others = isinstance(fault.action, CommitFirst)
+    assert commits(repository) == 1 + others and WEIGHTS not in repository.files("main"), "something was published"
     arrived = blobs_sent(hub)
     hub.faults.clear()
     assert push(hub, run) == 0, "given again it goes through"
@@ -319,6 +332,9 @@ def test_a_gate_stands_before_the_files(hub: HubServer, run: Path) -> None:
 def test_a_space_does_not_show_what_is_private(hub: HubServer, run: Path, capsys: pytest.CaptureFixture) -> None:
     HfApi(token=hub.token).create_repo("tester/demo", repo_type="space", space_sdk="gradio")
     assert push(hub, run, "--private", "--space", "tester/demo") == 2
+    assert "would show a private model" in failure(capsys)
+    HfApi(token=hub.token).create_repo(REPO, private=True)  # it says itself that it is private
+    assert push(hub, run, "--space", "tester/demo") == 2
     assert "would show a private model" in failure(capsys)
     assert push(hub, run, "--private", "--space", "tester/other") == 0
     assert hub.repository("tester/other", kind="space").private

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         _print_plan(args, folder, files)
         return 0
     if args.space:
-        check_space(args.space, files, args.private, args.token)
+        check_space(args.space, args.repo_id, files, args.private, args.token)
     print(f"published {push_folder(folder, target, args.token)}")
     if args.space:
         address, needs_token = push_space(args.space, args.repo_id, space_folder(), args.token)

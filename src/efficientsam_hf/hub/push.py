@@ -178,14 +178,19 @@ def _is_ours(name: str) -> bool:
     return any(fnmatch(name, pattern) for pattern in EXPORTED)
 
 
-def check_space(space_id: str, files: dict[str, Path], private: bool, token: str | None = None) -> None:
-    """ValueError, before anything is sent, if a Space cannot show the model in these files, or would show too much."""
+def check_space(space_id: str, model_id: str, files: dict[str, Path], private: bool, token: str | None = None) -> None:
+    """ValueError, before anything is sent, if a Space cannot show the model in these files, or would show too much.
+
+    `private` is what the model is to be made; a repository that is there already says itself what it is.
+    """
     config = json.loads(files["config.json"].read_text(encoding="utf-8"))
     if config.get("model_type") != EfficientSamConfig.model_type:
         raise ValueError(f"space: it shows EfficientSAM models, and this one is of type {config.get('model_type')!r}")
     if "auto_map" not in config:
         raise ValueError("space: it runs the code beside the weights, and this folder has none (export --with-code)")
     api = HfApi(token=token)
+    with _readable_errors(model_id):
+        private = api.model_info(model_id).private if api.repo_exists(model_id) else private
     if private:
         with _readable_errors(space_id):
             public = api.repo_exists(space_id, repo_type="space") and not api.space_info(space_id).private
