@@ -21,7 +21,7 @@ from efficientsam_hf import (
     default_checkpoint,
 )
 from efficientsam_hf.models import mask_generation_efficientsam as module
-from efficientsam_hf.models.mask_generation_efficientsam import MaskGenerationOptions, masks_to_boxes
+from efficientsam_hf.models.mask_generation_efficientsam import MaskGenerationOptions, box_iou, masks_to_boxes
 from efficientsam_hf.models.rle_efficientsam import decode_rle
 
 
@@ -305,6 +305,28 @@ def test_pictures_without_anything_on_them(generator, size, thresholds: float) -
     assert result["boxes"].shape == (len(result["masks"]), 4) and result["points"].shape == (len(result["masks"]), 2)
     if thresholds:
         assert result["masks"] == [] and len(result["scores"]) == 0
+
+
+def test_black_and_very_flat_pictures_at_the_usual_thresholds(generator) -> None:
+    """What is one pixel thick is no exception to suppression, and nothing is found on nothing."""
+    thresholds = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}
+    black = generator(Image.new("RGB", (300, 200)), points_per_crop=8, **thresholds)
+    assert black["masks"] == []
+    for size in ((10_000, 1), (1, 10_000)):
+        boxes = generator(Image.new("RGB", size), points_per_crop=5, pred_iou_thresh=0, stability_score_thresh=0)[
+            "boxes"
+        ]
+        assert len(boxes) and len(boxes) == len(boxes.unique(dim=0))
+        assert (box_iou(boxes, boxes).fill_diagonal_(0) <= 0.7).all()
+
+
+def test_boxes_one_pixel_thick_overlap_too() -> None:
+    boxes = torch.tensor([[0, 5, 9, 5], [0, 5, 4, 5], [20, 5, 29, 5], [0, 6, 9, 6], [3, 3, 3, 3], [0, 0, 9, 9]])
+    ious = box_iou(boxes, boxes)
+    assert torch.equal(ious.diagonal(), torch.ones(len(boxes)))
+    assert ious[0, 1] == pytest.approx(4 / 9) and ious[0, 2] == ious[0, 3] == 0
+    assert ious[0, 5] == pytest.approx(9 / (9 * 10))  # sides are differences, but the one that would be nothing
+    assert ious[4, 5] == pytest.approx(1 / 100)
 
 
 def test_damaged_and_deep_pictures(generator, tmp_path: Path, picture) -> None:

@@ -52,6 +52,9 @@ def test_channels_in_the_order_of_opencv(predictor, photo) -> None:
     assert torch.equal(other.image_embedding, predictor.image_embedding)
     with pytest.raises(ValueError, match="image_format must be RGB or BGR"):
         other.set_image(photo, image_format="HSV")
+    for image in (torch.zeros(3, 30, 40), photo, "photo.jpg", np.zeros((30, 40), np.uint8)):
+        with pytest.raises(ValueError, match=r"BGR is for arrays of shape \(H, W, 3\), got a "):
+            other.set_image(image, image_format="BGR")
 
 
 def test_wrong_calls(predictor, photo) -> None:

@@ -405,6 +405,19 @@ def test_things_that_are_no_images(processor) -> None:
         processor(images=7)
 
 
+def test_pictures_that_were_opened_before(processor, pixels, tmp_path) -> None:
+    """Pillow reads on access: what is wrong with a file can show only then."""
+    whole = saved(np.tile(pixels, (9, 9, 1)), tmp_path / "whole.png").read_bytes()
+    with pytest.raises(ValueError, match=r"images\[0\] is damaged or truncated"):
+        processor(images=Image.open(io.BytesIO(whole[: len(whole) // 2])))
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("I;16", (4, 5)).save(tmp_path / "deep.tif", exif=exif)
+    with Image.open(tmp_path / "deep.tif") as deep, pytest.raises(ValueError, match="has mode I;16, expected 8 bits"):
+        assert deep.getexif()[0x0112] == 3
+        processor(images=deep)
+
+
 def test_bad_files(processor, pixels, tmp_path) -> None:
     whole = saved(np.tile(pixels, (9, 9, 1)), tmp_path / "whole.png").read_bytes()
     contents = {

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle, rle_area
+from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle, rle_area, rle_pixels
 
 
 # pycocotools' compiled part still speaks the array protocol of numpy 1.
@@ -107,3 +107,11 @@ def test_malformed_is_refused(rle: Any, message: str) -> None:
 def test_only_masks_are_encoded(mask: np.ndarray) -> None:
     with pytest.raises(ValueError, match="mask must"):
         encode_rle(mask)
+
+
+def test_pixels_of_a_mask_without_expanding_it() -> None:
+    generator = np.random.default_rng(0)
+    for share in (0.0, 0.3, 1.0):
+        mask = generator.random((30, 41)) < share
+        rows, columns = generator.integers(0, 30, 12), generator.integers(0, 41, 7)
+        assert (rle_pixels(encode_rle(mask), rows, columns) == mask[np.ix_(rows, columns)]).all()

@@ -122,6 +122,17 @@ def test_memory_holds_strips_alone(count: int, monkeypatch) -> None:
     assert kept and all(mask.size <= 128 * 64 and mask.base is None for tile in kept for mask in tile.masks)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_object_and_its_part_are_not_mixed_up(swapped: bool) -> None:
+    """Both are the same in the strip, columns 36 to 63; only the whole goes on beyond it."""
+    whole, part = ([slice(0, 64), slice(0, 64)], [slice(36, 64), slice(0, 28)])
+    left, right = ([whole[0], part[0]], [whole[1], part[1]])
+    generate = columns_of_each_tile([left, right[::-1] if swapped else right])
+    result = segment_tiles(generate, np.zeros((64, 100, 3), np.uint8), tile=64, overlap=28)
+    assert sorted(result["boxes"].tolist()) == [[0, 0, 99, 63], [36, 0, 63, 63]]
+    assert result["tiles"].tolist() == [2, 2]
+
+
 def test_nothing_on_the_image() -> None:
     result = segment_tiles(flat_regions, np.zeros((200, 300, 3), np.uint8), tile=128)
     assert result["masks"] == [] and result["boxes"].shape == (0, 4)

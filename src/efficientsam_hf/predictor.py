@@ -24,12 +24,16 @@ class EfficientSamPredictor:
     def set_image(self, image: Any, image_format: str = "RGB") -> None:
         """Encode an image: anything that the processor takes, such as a path, a PIL image or (H, W, 3) uint8.
 
-        With `image_format` "BGR" an array's channels are in OpenCV's order. Raises ValueError for another format.
+        With `image_format` "BGR" an (H, W, 3) array's channels are in OpenCV's order. Raises ValueError for another
+        format, and for "BGR" with anything but such an array.
         """
         if image_format not in ("RGB", "BGR"):
             raise ValueError(f"image_format must be RGB or BGR, got {image_format!r}")
         if image_format == "BGR":
-            image = np.asarray(image)[..., ::-1]
+            shape = getattr(image, "shape", None)
+            if not isinstance(image, np.ndarray) or len(shape) != 3 or shape[2] != 3:
+                raise ValueError(f"image_format BGR is for arrays of shape (H, W, 3), got {_described(image)}")
+            image = image[..., ::-1]
         self.reset_image()
         inputs = self.processor.image_processor(images=image, return_tensors="pt")
         if len(inputs["pixel_values"]) != 1:
@@ -88,6 +92,11 @@ class EfficientSamPredictor:
         low = outputs.pred_masks.float()
         masks = self.processor.post_process_masks(low, [self.original_size], binarize=not return_logits)[0][0]
         return masks.cpu().numpy(), outputs.iou_scores[0, 0].float().cpu().numpy(), low[0, 0].cpu().numpy()
+
+
+def _described(image: Any) -> str:
+    shape = getattr(image, "shape", None)
+    return f"a {type(image).__name__}" + ("" if shape is None else f" of shape {tuple(shape)}")
 
 
 def _plain(values: Any) -> list:

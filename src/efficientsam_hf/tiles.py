@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Segment everything in images far larger than the model's input: tile by tile, masks joined across the seams.
 
-Tiles overlap. What two neighbouring tiles found of the same object is alike in the strip that both have seen: masks
-that are each other's best partner there become one. Besides the image, memory holds the masks of one tile, the strips
-along the seams of a row of tiles, and run lengths.
+Tiles overlap. What two neighbouring tiles found of the same object is alike in the strip that both have seen: such
+masks become one, the most alike first. An object and its part can be the same there; then it counts whether they go
+on beyond the strip. Besides the image, memory holds the masks of one tile, the strips along the seams of a row of
+tiles, and run lengths.
 """
 
 import math
@@ -21,6 +22,8 @@ from .models.rle_efficientsam import compress_counts, rle_counts, runs_to_counts
 
 SMALLEST_TILE = 64
 SAME_OBJECT = 0.5  # IoU in the shared strip above which two masks can be of one object
+AS_ALIKE = 0.1  # pairs whose IoU differs by less are told apart by what lies beyond the strip
+STRIP_ROWS = 64  # of the shared strip that are compared at once
 
 
 def segment_tiles(
@@ -53,7 +56,8 @@ def segment_tiles(
     """
     overlap = tile // 8 if overlap is None else overlap
     check_tiles(tile, overlap)
-    image = np.asarray(image.convert("RGB")) if isinstance(image, Image.Image) else image
+    if isinstance(image, Image.Image):  # without a copy where it is RGB already
+        image = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image has shape {tuple(image.shape)}, expected (H, W, 3)")
     size = (int(image.shape[0]), int(image.shape[1]))
@@ -67,9 +71,8 @@ def segment_tiles(
             for column, left in enumerate(lefts):
                 pixels = np.ascontiguousarray(image[top : top + tile, left : left + tile])
                 found = generator(pixels, **options)
-                current = _Tile(
-                    left, top, pixels.shape[1], pixels.shape[0], found["masks"], parts.add(found, left, top)
-                )
+                numbers, areas = parts.add(found, left, top), np.array([np.count_nonzero(m) for m in found["masks"]])
+                current = _Tile(left, top, pixels.shape[1], pixels.shape[0], found["masks"], numbers, areas)
                 for other in (before, above[column]):
                     if other is not None:
                         parts.join(current.partners(other))
@@ -115,7 +118,10 @@ def _runs(mask: dict[str, Any]) -> np.ndarray:
 
 @dataclass
 class _Tile:
-    """A tile's place in the image, its masks (h, w) bool, and their numbers among all parts."""
+    """A tile's place in the image, its masks (h, w) bool, and their numbers among all parts.
+
+    `areas` (K) are those of the whole masks, also where a tile is a part of another.
+    """
 
     left: int
     top: int
@@ -123,36 +129,51 @@ class _Tile:
     height: int
     masks: list[np.ndarray]
     numbers: list[int]
+    areas: np.ndarray
 
     def part(self, from_x: int = 0, from_y: int = 0) -> "_Tile":
         """A copy of what lies right of and below a place in the image."""
         left, top = max(self.left, from_x), max(self.top, from_y)
         masks = [mask[top - self.top :, left - self.left :].copy() for mask in self.masks]
-        return _Tile(left, top, self.left + self.width - left, self.top + self.height - top, masks, self.numbers)
+        size = (self.left + self.width - left, self.top + self.height - top)
+        return _Tile(left, top, *size, masks, self.numbers, self.areas)
 
     def partners(self, other: "_Tile") -> list[tuple[int, int]]:
-        """Numbers of masks of both tiles that are each other's best partner in the shared strip."""
+        """Numbers of masks of both tiles that are of one object: each has at most one partner, the most alike first.
+
+        Among those as alike in the shared strip, masks that both go on beyond it belong together, and masks that both
+        end in it; then those of higher score.
+        """
+        if not self.masks or not other.masks:
+            return []
+        shared, own, others = self._overlaps(other)
+        ious = shared / np.maximum(own[:, None] + others - shared, 1)
+        beyond = (self.areas > own)[:, None] == (other.areas > others)
+        rows, columns = np.nonzero(ious > SAME_OBJECT)
+        steps = np.floor((1 - ious[rows, columns]) / AS_ALIKE)
+        order = np.lexsort((rows + columns, ~beyond[rows, columns], steps))
+        pairs: dict[int, int] = {}
+        for row, column in zip(rows[order].tolist(), columns[order].tolist()):
+            if row not in pairs and column not in pairs.values():
+                pairs[row] = column
+        return [(self.numbers[row], other.numbers[column]) for row, column in pairs.items()]
+
+    def _overlaps(self, other: "_Tile") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Pixels in the strip that both have seen: shared by each pair (K, L), and of each mask, (K) and (L)."""
         x0, y0 = max(self.left, other.left), max(self.top, other.top)
         x1 = min(self.left + self.width, other.left + other.width)
         y1 = min(self.top + self.height, other.top + other.height)
-        own, others = (tile._strip(x0, y0, x1, y1) for tile in (self, other))
-        if not len(own) or not len(others):
-            return []
-        shared = (own @ others.T).numpy()
-        areas = own.sum(1).numpy()[:, None] + others.sum(1).numpy() - shared
-        ious = shared / np.maximum(areas, 1)
-        best = ious.argmax(1)
-        return [
-            (self.numbers[row], other.numbers[column])
-            for row, column in enumerate(best)
-            if ious[row, column] > SAME_OBJECT and ious[:, column].argmax() == row
-        ]
+        sums = [np.zeros((len(self.masks), len(other.masks))), np.zeros(len(self.masks)), np.zeros(len(other.masks))]
+        for y in range(y0, y1, STRIP_ROWS):
+            own, others = (tile._strip(x0, y, x1, min(y + STRIP_ROWS, y1)) for tile in (self, other))
+            for total, value in zip(sums, (own @ others.T, own.sum(1), others.sum(1))):
+                total += value.numpy()
+        return tuple(sums)
 
     def _strip(self, x0: int, y0: int, x1: int, y1: int) -> torch.Tensor:
         """What the masks have in a part of the image: (K, pixels) float32."""
         rows, columns = slice(y0 - self.top, y1 - self.top), slice(x0 - self.left, x1 - self.left)
-        strips = [mask[rows, columns].reshape(-1) for mask in self.masks]
-        return torch.from_numpy(np.stack(strips)).float() if strips else torch.zeros(0, (y1 - y0) * (x1 - x0))
+        return torch.from_numpy(np.stack([mask[rows, columns].reshape(-1) for mask in self.masks])).float()
 
 
 class _Parts:

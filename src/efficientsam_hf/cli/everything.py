@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ..files import check_writable, write_json, write_png
-from ..models.rle_efficientsam import decode_rle
+from ..models.rle_efficientsam import rle_pixels
 from ..visualization import draw_masks, object_color
 from .loading import load_model
 
@@ -107,7 +107,9 @@ def run(args: argparse.Namespace, image: Image.Image) -> int:
         result = segment_tiles(generator, image, args.tile, overlap, progress=True)
     records = _records(result)
     write_json(folder / "masks.json", {"image": args.image, "size": [image.height, image.width], "objects": records})
-    write_png(folder / "overlay.png", _overlay(image, result["masks"], result["areas"].tolist()))
+    write_png(
+        folder / "overlay.png", _overlay(image, result["masks"], result["areas"].tolist(), result["boxes"].numpy())
+    )
     if args.label_image and len(records) >= 2**16:
         raise ValueError(f"--label-image has room for {2**16 - 1} masks, but there are {len(records)} in masks.json")
     if args.label_image:
@@ -130,18 +132,23 @@ def _records(result: dict[str, Any]) -> list[dict[str, Any]]:
     return records
 
 
-def _overlay(image: Image.Image, masks: list[dict[str, Any]], areas: list[int]) -> Image.Image:
-    """The masks on the picture, the largest at the bottom."""
+def _overlay(image: Image.Image, masks: list[dict[str, Any]], areas: list[int], boxes: np.ndarray) -> Image.Image:
+    """The masks on the picture, the largest at the bottom; boxes (K, 4) of first and last pixels."""
+    width, height = image.size
     largest = max(image.size)
     if largest > LARGEST_OVERLAY:  # a picture to look at
         scale = LARGEST_OVERLAY / largest
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.BOX)
-    rows = (np.arange(image.height) + 0.5) / image.height
-    columns = (np.arange(image.width) + 0.5) / image.width
+    rows = ((np.arange(image.height) + 0.5) * height / image.height).astype(int)
+    columns = ((np.arange(image.width) + 0.5) * width / image.width).astype(int)
     for index in sorted(range(len(masks)), key=lambda i: -areas[i]):
-        mask = decode_rle(masks[index])
-        shown = mask[np.ix_((rows * mask.shape[0]).astype(int), (columns * mask.shape[1]).astype(int))]
+        shown = np.zeros((image.height, image.width), bool)
+        (left, right), (top, bottom) = (
+            np.searchsorted(places, (box[0], box[1] + 1))
+            for places, box in ((columns, boxes[index, ::2]), (rows, boxes[index, 1::2]))
+        )
+        shown[top:bottom, left:right] = rle_pixels(masks[index], rows[top:bottom], columns[left:right])
         image = draw_masks(image, shown[None], [object_color(index)])
     return image
 

@@ -45,13 +45,14 @@ def open_image(source: Any, name: str = "image") -> Image.Image:
         TypeError: if `source` is something else.
     """
     shown = f"{name} {str(source)!r}" if isinstance(source, (str, os.PathLike)) else name
-    if isinstance(source, Image.Image):
-        return _upright_rgb(source, shown)
     if isinstance(source, str) and source.startswith(("http://", "https://")):
         source = io.BytesIO(_download(source))
-    if not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
+    opened = isinstance(source, Image.Image)
+    if not opened and not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
         raise TypeError(f"{name} is a {type(source).__name__}, expected a path, a URL or a PIL image")
     try:
+        if opened:
+            return _upright_rgb(source, shown)
         with Image.open(source) as image:
             return _upright_rgb(image, shown)
     except FileNotFoundError:
@@ -67,12 +68,16 @@ def open_image(source: Any, name: str = "image") -> Image.Image:
 
 
 def _upright_rgb(image: Image.Image, shown: str) -> Image.Image:
+    _check_picture(image, shown)
+    image.load()
+    return ImageOps.exif_transpose(image).convert("RGB")
+
+
+def _check_picture(image: Image.Image, shown: str) -> None:
     if not image.width or not image.height:
         raise ValueError(f"{shown} is empty: {image.width} x {image.height} pixels")
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"{shown} has mode {image.mode}, expected 8 bits a channel: scale its values to 0..255 first")
-    image.load()
-    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _download(url: str) -> bytes:
@@ -346,8 +351,13 @@ def image_to_tensor(image: Any, name: str) -> torch.Tensor:
 
 def _upright(image: Any, name: str) -> Image.Image:
     """A PIL image is taken as it is shown, in the pixels of `image.size`; a file as its EXIF orientation says."""
-    if isinstance(image, Image.Image) and image.getexif().get(0x0112, 1) != 1:
-        image = Image.fromarray(np.asarray(image.convert("RGB")))
+    if isinstance(image, Image.Image):
+        _check_picture(image, name)
+        try:
+            if image.getexif().get(0x0112, 1) != 1:
+                image = Image.fromarray(np.asarray(image.convert("RGB")))
+        except (OSError, SyntaxError) as error:
+            raise ValueError(f"{name} is damaged or truncated: {error}") from None
     return open_image(image, name)
 
 

@@ -216,13 +216,19 @@ def near_crop_edge(boxes: torch.Tensor, crop_box: list[int], size: tuple[int, in
 
 
 def box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """IoU of every pair: (M, 4), (K, 4) as (x0, y0, x1, y1) -> (M, K), float32."""
+    """IoU of every pair: (M, 4), (K, 4) as (x0, y0, x1, y1) of first and last pixels -> (M, K), float32.
+
+    Sides are differences, as in the stock pipeline. Where one of a pair is a single pixel thick, and would have no
+    area, pixels are counted along that side of both.
+    """
     boxes, others = boxes.float(), others.float()
     corner0 = torch.maximum(boxes[:, None, :2], others[:, :2])
     corner1 = torch.minimum(boxes[:, None, 2:], others[:, 2:])
-    shared = (corner1 - corner0).clamp(min=0).prod(-1)
-    areas = [(corners[:, 2:] - corners[:, :2]).prod(-1) for corners in (boxes, others)]
-    return shared / (areas[0][:, None] + areas[1] - shared).clamp(min=1e-6)
+    sides, other_sides = (corners[:, 2:] - corners[:, :2] for corners in (boxes, others))
+    thin = ((sides == 0)[:, None] | (other_sides == 0)).float()
+    shared = (corner1 - corner0 + thin).clamp(min=0).prod(-1)
+    both = (sides[:, None] + thin).prod(-1) + (other_sides + thin).prod(-1)
+    return shared / (both - shared).clamp(min=1e-6)
 
 
 def non_maximum_suppression(boxes: torch.Tensor, scores: torch.Tensor, iou_threshold: float) -> torch.Tensor:

@@ -34,6 +34,13 @@ def decode_rle(rle: dict[str, Any]) -> np.ndarray:
     return np.repeat(values, counts).reshape(width, height).T
 
 
+def rle_pixels(rle: dict[str, Any], rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Some rows (R) and columns (C) of a mask, without expanding it: -> (R, C) bool; `ValueError` if malformed."""
+    ends = rle_counts(rle).cumsum()
+    places = np.asarray(columns)[None, :] * rle_size(rle)[0] + np.asarray(rows)[:, None]
+    return np.searchsorted(ends, places, side="right") % 2 == 1
+
+
 def rle_area(rle: dict[str, Any]) -> int:
     """Number of pixels in the mask, without expanding it; `ValueError` if malformed."""
     return int(rle_counts(rle)[1::2].sum())
