@@ -3,8 +3,9 @@
 
 Usage: python benchmarks/half_precision.py PHOTO... [--grid 8] [--dtypes bfloat16 float16] [--model NAME]
 
-All three masks of every prompt are compared, enlarged from logits to 1024 pixels, where float32
-has at least 100 pixels. Boxes are those around float32's masks. Intersection and union are also summed over all masks:
+All three masks of every prompt are compared, enlarged from logits to 1024 pixels, where float32 has at least 100
+pixels. Clicks go through the fast decoder of segment-everything, boxes, which are those around float32's masks of the
+clicks, through the model's own; float32 is the model's own for both. Intersection and union are also summed over all masks:
 a small mask with a blurred edge loses more by rounding than a large one.
 """
 
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from efficientsam_hf import EfficientSamModel, EfficientSamProcessor, default_checkpoint
+from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
 from efficientsam_hf.models.mask_generation_efficientsam import masks_to_boxes, point_grid
 
 
@@ -34,7 +36,12 @@ def parse_arguments() -> argparse.Namespace:
 def masks_of(model: EfficientSamModel, pixels: torch.Tensor, prompts: dict[str, torch.Tensor]) -> torch.Tensor:
     """-> (3 Q, SIDE, SIDE) bool."""
     embeddings = model.get_image_embeddings(pixels.to(model.dtype))
-    logits = model(image_embeddings=embeddings, **prompts).pred_masks[0].flatten(0, 1)
+    if model.dtype != torch.float32 and "input_points" in prompts:
+        points = prompts["input_points"][0]
+        labels = torch.ones(points.shape[:2], dtype=torch.long)
+        logits = EfficientSamFastDecoder(model, embeddings)(points, labels)[0][:, 1:].flatten(0, 1)
+    else:
+        logits = model(image_embeddings=embeddings, **prompts).pred_masks[0].flatten(0, 1)
     return F.interpolate(logits.float()[None], (SIDE, SIDE), mode="bilinear")[0] > 0
 
 
