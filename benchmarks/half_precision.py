@@ -5,8 +5,8 @@ Usage: python benchmarks/half_precision.py PHOTO... [--grid 8] [--dtypes bfloat1
 
 All three masks of every prompt are compared, enlarged from logits to 1024 pixels, where float32 has at least 100
 pixels. Clicks go through the fast decoder of segment-everything, boxes, which are those around float32's masks of the
-clicks, through the model's own; float32 is the model's own for both. Intersection and union are also summed over all masks:
-a small mask with a blurred edge loses more by rounding than a large one.
+clicks, through the model's own; float32 is the model's own for both. Intersection and union are also summed over all
+masks: a small mask with a blurred edge loses more by rounding than a large one.
 """
 
 import argparse

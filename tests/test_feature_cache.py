@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from efficientsam_hf.training.crop_preparation import CachedCropPreparation
 from efficientsam_hf.training.normalization import denormalize
 
 
+TINY_AND_WIDE = "{target_width: 100, vision_config: {num_hidden_layers: 1}}"
 STEPS = "--batch-size 2 --max-steps 3 --checkpoint-every 1 --image-sizes 64".split()
 
 
@@ -133,7 +135,7 @@ def test_what_is_there_is_not_made_again(tmp_path, teacher, pictures) -> None:
     index = make_index(teacher, samples)
     write(tmp_path / "whole", index, samples, teacher)
     assert write(tmp_path / "two", index, samples, teacher, rank=1, processes=2) == [1, 3]
-    with pytest.raises(FileNotFoundError, match="no cache"):
+    with pytest.raises(ValueError, match="not complete: 2 of 4 shards are missing"):
         FeatureCache(tmp_path / "two")
     assert write(tmp_path / "two", index, samples, teacher, rank=0, processes=2) == [0, 2]
     shard_path(tmp_path / "two", 2).unlink()
@@ -150,7 +152,6 @@ def test_what_is_there_is_not_made_again(tmp_path, teacher, pictures) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"teacher": "other"}, "teacher '.*' and not 'other'"),
         ({"revision": "abc"}, "revision 'sha256:.*' and not 'abc'"),
         ({"dtype": "bfloat16"}, "dtype 'float32' and not 'bfloat16'"),
         ({"pictures": "others"}, "pictures '5 files, sha256:.*' and not 'others'"),
@@ -165,6 +166,68 @@ def test_another_cache_is_refused_by_name(tmp_path, teacher, pictures, changes, 
     write(tmp_path, index, samples, teacher)
     with pytest.raises(ValueError, match=words):
         write(tmp_path, replace(index, **changes), samples, teacher)
+
+
+def test_the_same_teacher_in_another_folder(tmp_path, teacher, pictures) -> None:
+    samples = ImageFolder(pictures)
+    index = make_index(teacher, samples)
+    write(tmp_path, index, samples, teacher)
+    shard_path(tmp_path, 2).unlink()
+    assert write(tmp_path, replace(index, teacher="moved"), samples, teacher) == [2]
+
+
+def test_shards_of_another_cache_and_damaged_ones_are_named(tmp_path, teacher, pictures) -> None:
+    """As when a job died before its index was written, or a disk was full."""
+    samples = ImageFolder(pictures)
+    index = make_index(teacher, samples)
+    write(tmp_path / "one", index, samples, teacher)
+    write(tmp_path / "two", replace(index, seed=8), samples, teacher)
+    shard_path(tmp_path / "two", 1).replace(shard_path(tmp_path / "one", 1))
+    for options in ({}, {"rank": 1, "processes": 2}):
+        with pytest.raises(ValueError, match="features-000001.* is a shard of another cache"):
+            write(tmp_path / "one", index, samples, teacher, **options)
+    path = shard_path(tmp_path / "one", 1)
+    content = shard_path(tmp_path / "one", 0).read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match="features-000001.* is damaged"):
+        write(tmp_path / "one", index, samples, teacher)
+    with pytest.raises(ValueError, match="features-000001.* is damaged"):
+        FeatureCache(tmp_path / "one").features(5)
+    path.unlink()
+    assert write(tmp_path / "one", index, samples, teacher) == [1]
+
+
+def test_pictures_that_were_replaced_are_named(tmp_path, teacher, pictures) -> None:
+    changed = tmp_path / "pictures"
+    shutil.copytree(pictures, changed)
+    samples = ImageFolder(changed)
+    for crops in (0, 3):
+        write(tmp_path / str(crops), make_index(teacher, samples, crops=crops), samples, teacher)
+    Image.new("RGB", (33, 44)).save(changed / "2.png")
+    (changed / "3.png").write_bytes(b"no picture")
+    for crops in (0, 3):
+        cached = CachedSamples(samples, FeatureCache(tmp_path / str(crops)), RandomCrop())
+        cached[1]["part"](np.random.default_rng(0), (4, 4))
+        with pytest.raises(ValueError, match="picture 2.png had 72 x 50 pixels .* and has 33 x 44"):
+            cached[2]["part"](np.random.default_rng(0), (4, 4))
+        with pytest.raises(ValueError, match="cannot be computed again: .*3.png"):
+            check_cache(tmp_path / str(crops), samples, teacher, 100)
+
+
+def test_stored_features_that_are_not_finite_are_named(tmp_path, teacher, pictures) -> None:
+    samples = ImageFolder(pictures)
+    write(tmp_path, make_index(teacher, samples, records_per_shard=15), samples, teacher)
+    path = shard_path(tmp_path, 0)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    content = {name: value.clone() for name, value in load_file(path).items()}
+    content["features"][7, 0, 0] = torch.nan
+    save_file(content, path, metadata)
+    _open_shard.cache_clear()
+    with pytest.raises(ValueError, match="features of record 7, picture 2.png, are not finite"):
+        check_cache(tmp_path, samples, teacher, 15)
+    with pytest.raises(ValueError, match="features of record 7, picture 2.png, are not finite"):
+        FeatureCache(tmp_path).features(7)
 
 
 def test_check_finds_what_was_changed(tmp_path, teacher, pictures) -> None:
@@ -293,6 +356,28 @@ def test_pretraining_from_a_cache(tmp_path, vit, pictures, recipe_without_teache
         assert re.search(words, capsys.readouterr().err)
     wrong_grid = [*pretrain[:-1], str(tmp_path / "other"), "--image-sizes", "96"]
     assert main(wrong_grid) == (0 if crops == "0" else 2)
+    capsys.readouterr()
+    wrong_width = [*pretrain[:-1], str(tmp_path / "wide"), "--model-overrides", TINY_AND_WIDE]
+    assert main(wrong_width) == 2
+    assert re.search("reconstructs 100 channels, but the features in cache .* have 24", capsys.readouterr().err)
+    assert not (tmp_path / "wide").exists()
+
+
+def test_a_run_does_not_go_on_with_other_features(tmp_path, vit, pictures, recipe_without_teacher, capsys) -> None:
+    cache, run = tmp_path / "cache", tmp_path / "run"
+    for seed in ("1", "2"):
+        source = ["--teacher", vit, "--images", str(pictures), "--crops", "2", "--grid", "4", "--seed", seed]
+        assert main(["features", *source, "--device", "cpu", "--output", str(tmp_path / seed)]) == 0
+    shutil.copytree(tmp_path / "1", cache)
+    pretrain = ["pretrain", "--recipe", recipe_without_teacher, *STEPS, "--train-images", str(pictures)]
+    pretrain += ["--train-features", str(cache), "--output-dir", str(run)]
+    assert main(pretrain) == 0
+    assert main([*pretrain, "--resume"]) == 0
+    shutil.rmtree(cache)
+    shutil.copytree(tmp_path / "2", cache)
+    capsys.readouterr()
+    assert main([*pretrain, "--resume"]) == 2
+    assert "learnt other features: " in capsys.readouterr().err
 
 
 def test_a_killed_command_goes_on(tmp_path, vit) -> None:
@@ -310,10 +395,11 @@ def test_a_killed_command_goes_on(tmp_path, vit) -> None:
     assert process.wait() == -signal.SIGKILL, process.stderr.read()
     process.stderr.close()
     before = len(list(killed.glob("features-*")))
+    (killed / ".partial-1-features-000009.safetensors").write_bytes(b"left by the one that was killed")
     assert 3 <= before < 30
     for folder in (killed, whole):
         assert main([*command, str(folder)]) == 0
-    assert sorted(path.name for path in killed.glob("features-*")) == sorted(p.name for p in whole.glob("features-*"))
+    assert sorted(path.name for path in killed.iterdir()) == sorted(path.name for path in whole.iterdir())
     for number in range(30):
         one, two = (load_file(shard_path(folder, number))["features"] for folder in (killed, whole))
         torch.testing.assert_close(one, two, atol=2e-3, rtol=2e-3)

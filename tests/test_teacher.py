@@ -25,6 +25,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from efficientsam_hf import (
     EfficientSamConfig,
@@ -93,6 +94,17 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def normalized(images: torch.Tensor) -> torch.Tensor:
     return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def test_an_encoder_that_pretraining_wrote_is_a_teacher(folders: Path, tmp_path: Path) -> None:
+    """It leaves no image processor; a ViT without one is refused."""
+    for name in ("sami", "vit"):
+        shutil.copytree(folders / name, tmp_path / name)
+        (tmp_path / name / "preprocessor_config.json").unlink()
+    teacher = load_teacher(str(tmp_path / "sami"))
+    assert list(teacher.mean) == IMAGENET_DEFAULT_MEAN and list(teacher.std) == IMAGENET_DEFAULT_STD
+    with pytest.raises(OSError, match="preprocessor_config|image processor"):
+        load_teacher(str(tmp_path / "vit"))
 
 
 @torch.no_grad()

@@ -112,7 +112,7 @@ def _write(args: argparse.Namespace, samples: Any, teacher: Any) -> int:
     from tqdm import tqdm
 
     from ..data.crops import RandomCrop
-    from ..data.feature_cache import FeatureCache, describe, write_cache
+    from ..data.feature_cache import FeatureCache, describe, remove_leftovers, write_cache
     from ..processes import collect, is_main, own_share
 
     side = args.grid or (14 if args.crops else teacher.resolution // teacher.patch_size)
@@ -121,6 +121,9 @@ def _write(args: argparse.Namespace, samples: Any, teacher: Any) -> int:
         samples, teacher, grid=(side, side), crops=args.crops, crop=crop, seed=args.seed,
         records_per_shard=args.shard_size,
     )  # fmt: skip
+    if is_main():
+        remove_leftovers(args.output)
+    collect([])
     share = own_share(index.shards)
     done = write_cache(args.output, index, samples, teacher, share.start, share.step, args.batch_size, args.workers)
     own = sum(len(index.records_of(number)) for number in share)

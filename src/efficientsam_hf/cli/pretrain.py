@@ -2,9 +2,11 @@
 """`efficientsam pretrain`: SAMI, masked image pretraining with a teacher's features, or MAE."""
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
+from ..files import write_json
 from .loading import model_name
 from .running import (
     add_fields,
@@ -64,11 +66,39 @@ def pretrain(arguments: Any) -> dict[str, Any]:
     teacher = _teacher(arguments) if cache is None else None
     torch.manual_seed(arguments.seed)
     model = build_student(arguments, cache.index.width if cache else teacher.width if teacher else 0)
+    if cache is not None and model.config.target_width != cache.index.width:
+        raise ValueError(
+            f"the student reconstructs {model.config.target_width} channels, but the features in cache "
+            f"{cache.folder}, of {cache.index.teacher!r}, have {cache.index.width}"
+        )
     batches = _batches(arguments, teacher, cache, **source)
     trainer = Trainer(MaskedPretraining(model, teacher), batches, arguments)
     if source:
         log_skipped(trainer, batches)
+    _check_target(arguments, teacher, cache)
     return trainer.train()
+
+
+def _check_target(arguments: Any, teacher: Any, cache: Any) -> None:
+    """Note in the run whose features it learns; ValueError where it would go on with others.
+
+    Arguments are compared elsewhere, but a branch of the Hub, a folder or a cache can change under its name.
+    """
+    from ..processes import is_main
+
+    now = {}
+    if cache is not None:
+        now = {name: getattr(cache.index, name) for name in ("revision", "resolution", "dtype", "fingerprint")}
+    elif teacher is not None:
+        dtype = str(next(teacher.model.parameters()).dtype).removeprefix("torch.")
+        now = {"revision": teacher.revision, "resolution": teacher.resolution, "dtype": dtype}
+    path = Path(arguments.output_dir) / "teacher.json"
+    before = json.loads(path.read_text()) if path.is_file() else now
+    if before != now:
+        changes = ", ".join(f"{name} was {before.get(name)!r} and is {value!r}" for name, value in now.items())
+        raise ValueError(f"resume: {arguments.output_dir} learnt other features: {changes}")
+    if is_main():
+        write_json(path, now)
 
 
 def build_student(arguments: Any, target_width: int) -> Any:

@@ -7,6 +7,7 @@ with `crops` 0, features of whole pictures, of which pretraining takes what lies
 to make and without end, but the teacher never saw the part alone).
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,10 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import write_file, write_json
+from ..files import PARTIAL, write_file, write_json
 from .crops import Box, RandomCrop, crop, part_of_map
 from .images import SceneImages
 from .numbered_batches import ordered_batches
@@ -38,7 +39,7 @@ class CacheIndex:
     `teacher`, `revision`, `resolution`, `dtype` and `width` are those of a `Teacher` and its weights. `grid` is (h,
     w), the cells of a part (or, with `crops` 0, of a whole picture). `images` is the number of pictures and `pictures`
     a fingerprint of them; for generated scenes `scenes` is their seed and size. Part k of picture i is drawn by `crop`
-    from (`seed`, i, k).
+    from (`seed`, i, k), and stored beside its features.
     """
 
     teacher: str
@@ -83,6 +84,12 @@ class CacheIndex:
             return (0, 0, *size), False
         return self.crop.draw(size, np.random.default_rng((self.seed, *divmod(record, self.crops))))
 
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides what a shard holds."""
+        content = {name: value for name, value in asdict(self).items() if name != "teacher"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
     @classmethod
     def read(cls, folder: str | Path) -> "CacheIndex":
         """The index of a cache; FileNotFoundError or ValueError if the folder is none."""
@@ -100,6 +107,8 @@ class CacheIndex:
     def check_same(self, other: "CacheIndex", folder: str | Path) -> None:
         """ValueError that names how a cache in `folder`, described by this index, differs from what is wanted."""
         names = [item.name for item in fields(self) if getattr(self, item.name) != getattr(other, item.name)]
+        if names == ["teacher"] and self.revision.startswith("sha256:"):
+            return  # the same files in another folder
         if names:
             changes = ", ".join(f"{name} {getattr(self, name)!r} and not {getattr(other, name)!r}" for name in names)
             raise ValueError(f"cache {folder} was made with {changes}")
@@ -134,19 +143,15 @@ def write_cache(
 
     Shards are shared between `processes`; those that exist are not made again, and a shard appears whole or not at
     all, so that a killed process loses what it had of one. Pictures that cannot be read are named in their shard and
-    have no record. Raises ValueError if the folder holds another cache, and if a teacher's feature is not finite, with
-    the picture's name.
+    have no record. Raises ValueError if the folder or a shard is of another cache, or a shard is damaged, and if a
+    teacher's feature is not finite, with the picture's name.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if (folder / INDEX).is_file():
-        CacheIndex.read(folder).check_same(index, folder)
-    elif rank == 0:
-        if processes == 1 and any(folder.glob("features-*")):  # of several, another may be faster than this one
-            raise ValueError(f"{folder} holds features, but no {INDEX} that says whose; choose another folder")
-        write_json(folder / INDEX, asdict(index))
+    _begin(folder, index)
     own = range(rank, index.shards, processes)
     missing = [number for number in own if not shard_path(folder, number).is_file()]
+    for number in sorted(set(own) - set(missing)):
+        _check_shard(shard_path(folder, number), index)
     yield sum(len(index.records_of(number)) for number in own) - sum(len(index.records_of(n)) for n in missing)
     shard = _Shard()
     groups = (group for number in missing for group in _groups(index.records_of(number), batch_size))
@@ -157,6 +162,35 @@ def write_cache(
         if last == index.records_of(number)[-1]:
             shard.write(shard_path(folder, number), index)
             shard = _Shard()
+
+
+def _begin(folder: Path, index: CacheIndex) -> None:
+    """Write the index, or check that it is this one. Of several processes each does so before it writes a shard."""
+    folder.mkdir(parents=True, exist_ok=True)
+    has_shards = any(folder.glob("features-*"))
+    if (folder / INDEX).is_file():
+        CacheIndex.read(folder).check_same(index, folder)
+    elif has_shards:
+        raise ValueError(f"{folder} holds features, but no {INDEX} that says whose; choose another folder")
+    else:
+        write_json(folder / INDEX, asdict(index))
+
+
+def remove_leftovers(folder: str | Path) -> None:
+    """Delete what killed processes left of shards; only while none is writing."""
+    for path in Path(folder).glob(f"{PARTIAL}*-features-*"):
+        path.unlink()
+
+
+def _check_shard(path: Path, index: CacheIndex) -> None:
+    """ValueError if a shard is damaged, or another cache's."""
+    try:
+        with safe_open(path, "pt") as file:
+            found = file.metadata().get("index")
+    except (SafetensorError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; delete it and give the command again") from None
+    if found != index.fingerprint:
+        raise ValueError(f"{path} is a shard of another cache; choose another folder, or delete what is in this one")
 
 
 def _groups(records: range, batch_size: int) -> list[range]:
@@ -174,6 +208,7 @@ class _Shard:
     def __init__(self) -> None:
         self.features: list[torch.Tensor] = []
         self.records: list[int] = []
+        self.parts: list[tuple[int, ...]] = []
         self.image_ids: list[str] = []
         self.problems: dict[str, str] = {}
 
@@ -182,16 +217,24 @@ class _Shard:
         if batch["records"]:
             self.features.append(_half_features(teacher, batch, grid))
             self.records += batch["records"]
+            self.parts += batch["parts"]
             self.image_ids += batch["image_ids"]
 
     def write(self, path: Path, index: CacheIndex) -> None:
-        """Features (n, h * w, C) float16, records (n,) int64; names of pictures and problems as metadata."""
+        """Features (n, h * w, C) float16, records (n,) int64, and parts (n, 7) int64: left, top, right, bottom,
+        mirrored, and width and height of the picture; names of pictures, problems and the index's print as metadata.
+        """
         empty = torch.zeros(0, index.grid[0] * index.grid[1], index.width, dtype=torch.float16)
         tensors = {
             "features": torch.cat([empty, *self.features]),
             "records": torch.tensor(self.records, dtype=torch.int64),
+            "parts": torch.tensor(self.parts, dtype=torch.int64).reshape(-1, 7),
         }
-        names = {"image_ids": json.dumps(self.image_ids), "problems": json.dumps(self.problems)}
+        names = {
+            "index": index.fingerprint,
+            "image_ids": json.dumps(self.image_ids),
+            "problems": json.dumps(self.problems),
+        }
         write_file(path, lambda temporary: save_file(tensors, temporary, metadata=names))
 
 
@@ -216,7 +259,8 @@ class _Parts:
     samples: Sequence[dict[str, Any]]
 
     def __call__(self, records: Sequence[int]) -> dict[str, Any]:
-        result: dict[str, Any] = {"asked": list(records), "images": [], "records": [], "image_ids": [], "problems": {}}
+        result: dict[str, Any] = {"asked": list(records), "problems": {}}
+        result |= {name: [] for name in ("images", "records", "parts", "image_ids")}
         parts = groupby(records, lambda record: record // max(self.index.crops, 1))
         wanted = {number: list(own) for number, own in parts}
         for number, sample in self._read(list(wanted), result["problems"]):
@@ -224,6 +268,7 @@ class _Parts:
                 box, mirrored = self.index.part(record, sample["image"].size)
                 result["images"].append(crop(sample["image"], box, self.index.resolution, mirrored))
                 result["records"].append(record)
+                result["parts"].append((*box, int(mirrored), *sample["image"].size))
                 result["image_ids"].append(str(sample.get("image_id", number)))
         if result["images"]:
             result["images"] = torch.stack(result["images"])
@@ -258,12 +303,37 @@ class FeatureCache:
             )
 
     def features(self, record: int) -> torch.Tensor:
-        """(h * w, C) float16; ValueError for a picture that could not be read."""
-        file, records = _open_shard(shard_path(self.folder, record // self.index.records_per_shard))
+        """(h * w, C) float16; ValueError for a picture that could not be read, and for numbers that are not finite."""
+        file, row = self._find(record)
+        features = file.get_slice("features")[row]
+        if not features.isfinite().all():
+            name = json.loads(file.metadata()["image_ids"])[row]
+            raise ValueError(f"cache {self.folder}: features of record {record}, picture {name}, are not finite")
+        return features
+
+    def part(self, record: int, size: tuple[int, int]) -> tuple[Box, bool]:
+        """The part that a record is of, and whether it is mirrored; ValueError unless the picture has this size."""
+        file, row = self._find(record)
+        *box, mirrored, width, height = file.get_slice("parts")[row].tolist()
+        if (width, height) != size:
+            name = json.loads(file.metadata()["image_ids"])[row]
+            raise ValueError(
+                f"cache {self.folder}: picture {name} had {width} x {height} pixels when its features were made, and "
+                f"has {size[0]} x {size[1]}"
+            )
+        return tuple(box), bool(mirrored)
+
+    def _find(self, record: int) -> tuple[Any, int]:
+        """The shard of a record, open, and its row there."""
+        path = shard_path(self.folder, record // self.index.records_per_shard)
+        try:
+            file, records = _open_shard(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}; delete it and make it again") from None
         row = int(np.searchsorted(records, record))
         if row == len(records) or records[row] != record:
             raise ValueError(f"cache {self.folder} has no features of record {record}: its picture could not be read")
-        return file.get_slice("features")[row]
+        return file, row
 
     def problems(self) -> dict[str, str]:
         """Pictures that could not be read, by their number."""
@@ -320,7 +390,8 @@ class _PartOf:
         index = self.cache.index
         if index.crops:
             record = self.number * index.crops + int(generator.integers(index.crops))
-            return *index.part(record, self.size), self.cache.features(record).float()
+            return *self.cache.part(record, self.size), self.cache.features(record).float()
+        self.cache.part(self.number, self.size)  # the picture is the one that the teacher saw
         box, mirrored = self.crops.draw(self.size, generator)
         maps = self.cache.features(self.number).T.unflatten(1, index.grid)
         return box, mirrored, part_of_map(maps, self.size, box, mirrored, grid)
@@ -343,6 +414,8 @@ def check_cache(
     largest = 0.0
     for record in chosen:
         batch = _Parts(index, samples)([record])
+        if not batch["records"]:
+            raise ValueError(f"record {record} cannot be computed again: {next(iter(batch['problems'].values()))}")
         again = teacher.features(batch["images"], index.grid)[0].cpu()
         largest = max(largest, (again - cache.features(record).float()).abs().max().item())
     return len(chosen), largest

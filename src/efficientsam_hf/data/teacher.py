@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModel
 from transformers.image_processing_base import ImageProcessingMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..identity import model_revision
@@ -104,7 +105,7 @@ def load_teacher(
     CLIP the tokens before its last norm, which is for the CLS token alone.
 
     Raises ValueError if the resolution does not fit its patches or the model is no vision transformer, and OSError if
-    there is no such model or no normalisation beside it.
+    there is no such model or, but for SAMI models, no normalisation beside it.
     """
     commit = model_revision(name, revision)
     revision = None if Path(name).is_dir() else commit  # of all that is loaded
@@ -117,7 +118,7 @@ def load_teacher(
     if resolution < patch_size or resolution % patch_size:
         raise ValueError(f"resolution is {resolution}, expected a multiple of the patches of {name}, {patch_size}")
     if mean is None or std is None:
-        processor = ImageProcessingMixin.get_image_processor_dict(name, revision=revision)[0]
+        processor = _image_processor(name, revision, config.model_type)
         mean, std = mean or processor.get("image_mean"), std or processor.get("image_std")
     if not mean or not std:
         raise ValueError(f"teacher {name}: its image processor has no image_mean and image_std")
@@ -128,6 +129,16 @@ def load_teacher(
     width = vision.hidden_size if of_tokens else getattr(vision, "output_channels", vision.hidden_size)
     model = model.to(device).eval().requires_grad_(False)
     return Teacher(model, name, tuple(mean), tuple(std), resolution, patch_size, width, commit)
+
+
+def _image_processor(name: str, revision: str | None, model_type: str) -> dict[str, Any]:
+    """What lies beside the model; pretraining leaves none beside a SAMI model, and normalises as for ImageNet."""
+    try:
+        return ImageProcessingMixin.get_image_processor_dict(name, revision=revision)[0]
+    except OSError:
+        if model_type != "sami":
+            raise
+        return {"image_mean": IMAGENET_DEFAULT_MEAN, "image_std": IMAGENET_DEFAULT_STD}
 
 
 def _side(size: Any) -> int | None:
