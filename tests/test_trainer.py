@@ -97,6 +97,7 @@ def stop_after(count: int):
         for number, batch in enumerate(batches(start, stage), start):
             if number == count:
                 signal.raise_signal(signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)  # as under a launcher, which passes on what everyone gets
             yield batch
 
     return source

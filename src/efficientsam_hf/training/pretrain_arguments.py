@@ -51,6 +51,11 @@ class PretrainArguments(PictureArguments):
     crop_min_scale: float = option(0.2, "Smallest share of a picture's area that a random crop covers (MAE: 0.2).")
     crop_max_scale: float = option(1.0, "Largest share of a picture's area that a random crop covers.")
     horizontal_flip: float = option(0.5, "Probability that a picture is mirrored left to right; not for scenes.")
+    # The paper's, in the place of finetuning's.
+    image_sizes: str = option("224", "Side of the training images in pixels, or stages: 0:128,0.7:224, as 0:128x64.")
+    weight_decay: float = option(0.05, "Weight decay; parameters with one dimension get none.")
+    adam_beta2: float = option(0.95, "AdamW: decay of the squared gradient average.")
+    ema_decay: float = option(0.0, "Decay of the averaged weights that are saved; 0 switches it off.")
     gradient_checkpointing: bool = option(
         False, "Compute activations again in the backward pass: less memory, a third more time."
     )

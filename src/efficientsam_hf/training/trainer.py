@@ -416,7 +416,9 @@ class Trainer:
             return
 
         def note(number: int, frame: Any) -> None:
-            if self.stop_signal is not None:  # a second signal does not wait
+            if self.stop_signal is not None and number == signal.SIGTERM:
+                return  # launchers pass it on, and batch systems signal every process as well
+            if self.stop_signal is not None:  # a second Ctrl-C does not wait
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
             self.stop_signal = number
