@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,11 +21,19 @@ SPACE = Path(__file__).resolve().parents[1] / "spaces" / "efficientsam"
 SECONDS_TO_START = 180
 LOOK = {"mode": "Click", "kind": "Object", "transparency": 55, "predicted_iou": 0.5, "stability": 0.6}
 UNCHANGED = ({"__type__": "update"}, {"props": {"__type__": "update"}, "__type__": "update"})
-# A Space has no package of ours: the model's code must come with the model.
+# A Space has no package of ours: the model's code must come with the model. On a signal it counts its components.
 START = """
-import runpy, sys
+import gc, runpy, signal, sys
+from pathlib import Path
 sys.modules["efficientsam_hf"] = None
 sys.path.insert(0, sys.argv[1])
+def count(*_):
+    from gradio.components import Component
+    gc.collect()
+    number = sum(isinstance(thing, Component) for thing in gc.get_objects())
+    Path("count.partial").write_text(str(number))
+    Path("count.partial").rename("count.txt")
+signal.signal(signal.SIGUSR1, count)
 if len(sys.argv) > 2:
     import sessions
     sessions.SECONDS_AFTER_CLOSING = float(sys.argv[2])
@@ -95,6 +104,18 @@ class SpaceServer:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+
+    def count_components(self) -> int:
+        """How many components of gradio the server holds, of all visitors."""
+        answer = self.home / "count.txt"
+        self.process.send_signal(signal.SIGUSR1)
+        for _ in range(600):
+            if answer.exists():
+                number = int(answer.read_text())
+                answer.unlink()
+                return number
+            time.sleep(0.1)
+        raise TimeoutError("the Space did not count its components")
 
     def _wait(self) -> None:
         for _ in range(10 * SECONDS_TO_START):
@@ -180,7 +201,7 @@ class Visitor:
         if not message["success"]:
             raise Refused(message["output"].get("error"))
         values = dict(zip((self.names.get(output) for output in handler["outputs"]), message["output"]["data"]))
-        return {name: value for name, value in values.items() if name and value not in UNCHANGED}
+        return {name: value_of(value) for name, value in values.items() if name and value not in UNCHANGED}
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         address = f"{self.url}/gradio_api/queue/data?session_hash={self.session}"
@@ -203,6 +224,12 @@ class Visitor:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             raise Refused(error.read().decode(errors="replace")) from None
+
+
+def value_of(change: Any) -> Any:
+    """What a component shows now, where nothing but that was changed."""
+    alone = isinstance(change, dict) and "value" in change and change.keys() <= {"value", "__type__", "props"}
+    return change["value"] if alone else change
 
 
 def call(url: str, name: str, data: str) -> Any:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -177,17 +178,35 @@ def equal(one: Path, two: Path, **tolerance: float) -> None:
 
 # AdamW's first steps go by the sign of a gradient, also where that is rounding noise, so they are kept small.
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
-STEPS = ["--max-steps", "4", "--learning-rate", "1e-4", "--teacher-resolution", "64"]
+STEPS = ["--max-steps", "4", "--learning-rate", "1e-4"]
 
 
-@pytest.mark.parametrize("source", [pytest.param("scenes", marks=pytest.mark.slow), "pictures"])
-def test_accumulation_equals_a_larger_batch(tmp_path: Path, recipe_without_teacher: str, source: str) -> None:
+@pytest.fixture
+def training_on(tmp_path: Path, recipe_without_teacher: str) -> Callable[[str], list[str]]:
+    """The command that trains on nine pictures, on their cached features, or on scenes that a teacher sees."""
+
+    def command(source: str) -> list[str]:
+        if source == "scenes":
+            return [*TRAIN, *STEPS, "--teacher-resolution", "64"]
+        folder = str(write_pictures(tmp_path / "pictures", 9))
+        target = MAE
+        if source == "features":
+            cache = str(tmp_path / "cache")
+            extract = ["--teacher", "default", "--teacher-resolution", "64", "--crops", "2", "--grid", "4"]
+            assert main(["features", *extract, "--images", folder, "--device", "cpu", "--output", cache]) == 0
+            target = ["--train-features", cache]
+        return ["pretrain", "--recipe", recipe_without_teacher, *TRAIN[3:], *STEPS, *target, "--train-images", folder]
+
+    return command
+
+
+SOURCES = ["pictures", "features", pytest.param("scenes", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_accumulation_equals_a_larger_batch(tmp_path: Path, training_on: Callable, source: str) -> None:
     """4 x 2 and 1 x 8 hide the same patches of the same pictures."""
-    command = [*TRAIN, *STEPS]
-    if source == "pictures":
-        write_pictures(tmp_path / "pictures", 9)
-        command = ["pretrain", "--recipe", recipe_without_teacher, *TRAIN[3:], *STEPS[:4], *MAE]
-        command += ["--train-images", str(tmp_path / "pictures")]
+    command = training_on(source)
     for name, flags in (("large", ["8"]), ("parts", ["2", "--gradient-accumulation", "4"]), ("other", ["4"])):
         assert main([*command, "--batch-size", *flags, "--output-dir", str(tmp_path / name)]) == 0
     equal(tmp_path / "large", tmp_path / "parts", **CLOSE)
@@ -195,9 +214,10 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path, recipe_without_teach
         equal(tmp_path / "large", tmp_path / "other", **CLOSE)
 
 
-def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, threads: None) -> None:
-    """SIGKILL at any moment, with a teacher that looks on."""
-    command = [*TRAIN, *STEPS, "--max-steps", "30", "--num-threads", "1", "--output-dir"]
+@pytest.mark.parametrize("source", ["features", "scenes"])
+def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, training_on: Callable, source: str, threads) -> None:
+    """SIGKILL at any moment, with a teacher that looks on, and with what it saw before."""
+    command = [*training_on(source), "--max-steps", "30", "--num-threads", "1", "--output-dir"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     with (tmp_path / "output.txt").open("w") as output:
         process = subprocess.Popen(
@@ -214,11 +234,13 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, threads: None) -> 
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_the_larger_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["features", "scenes"])
+def test_two_processes_equal_one_with_the_larger_batch(tmp_path: Path, training_on: Callable, source: str) -> None:
+    training = training_on(source)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, "-m", "efficientsam_hf.cli", *TRAIN, *STEPS, "--batch-size", "4", "--output-dir"]
+    command = [*launch, "-m", "efficientsam_hf.cli", *training, "--batch-size", "4", "--output-dir"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, str(tmp_path / "two")], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert main([*TRAIN, *STEPS, "--batch-size", "8", "--output-dir", str(tmp_path / "one")]) == 0
+    assert main([*training, "--batch-size", "8", "--output-dir", str(tmp_path / "one")]) == 0
     equal(tmp_path / "one", tmp_path / "two", **CLOSE)

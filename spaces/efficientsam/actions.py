@@ -13,6 +13,7 @@ import downloads
 import drawing
 import gradio as gr
 import numpy as np
+from gradio.utils import is_prop_update
 from pictures import InputError, open_picture, picture_name
 from PIL import Image
 from segmenting import Everything, Segmenter, check_grid, check_prompts
@@ -73,7 +74,7 @@ def handler(method: Callable[..., Updates]) -> Callable[..., Updates]:
         session = next(value for value in args if isinstance(value, Session))
         with session.in_use():
             try:
-                return method(self, *args)
+                return as_updates(method(self, *args), self.widgets)
             except InputError as error:
                 raise readable(error) from None
             except GoneError:
@@ -81,6 +82,17 @@ def handler(method: Callable[..., Updates]) -> Callable[..., Updates]:
                 return self.leave(session)
 
     return call
+
+
+def as_updates(changes: Updates, widgets: Widgets) -> Updates:
+    """Changes of what is no event's input as updates of properties.
+
+    gradio keeps the component that it made for the last update, and another one where a value follows alone.
+    """
+    return {
+        component: value if component in widgets.inputs or is_prop_update(value) else gr.update(value=value)
+        for component, value in changes.items()
+    }
 
 
 class Actions:
@@ -118,10 +130,9 @@ class Actions:
             w.start: gr.update(visible=True),
             w.work: gr.update(visible=False),
             w.make_files: gr.update(interactive=False),
-            w.kind: OBJECT,
             w.table: "",
             w.session: session,
-            **dict.fromkeys([w.upload, w.canvas, w.gallery, w.files]),
+            **dict.fromkeys([w.canvas, w.gallery, w.files]),
         }
 
     @handler
@@ -130,7 +141,7 @@ class Actions:
         w, mode = self.widgets, Look(*look).mode
         session.mode = mode
         controls = {
-            w.kind: gr.update(visible=mode == CLICK),
+            w.kinds: gr.update(visible=mode == CLICK),
             w.hint: f"<p>{HINTS[mode]}</p>",
             w.automatic: gr.update(visible=mode == EVERYTHING),
             w.undo: gr.update(visible=mode != EVERYTHING),
@@ -227,8 +238,8 @@ class Actions:
         picture = open_picture(path)
         session.take(picture, picture_name(path), self.segmenter.embed(picture))
         w = self.widgets
-        shown = {w.start: gr.update(visible=False), w.work: gr.update(visible=True), w.upload: None}
-        return {**shown, **self._shown(session, look)}
+        page = {w.start: gr.update(visible=False), w.work: gr.update(visible=True), w.upload: None, w.kind: OBJECT}
+        return {**page, **self._shown(session, look)}
 
     def _require_picture(self, session: Session) -> None:
         if session.picture is None:
@@ -266,10 +277,7 @@ class Actions:
         return kept, [session.windows[index] for index in kept]
 
     def _shown(self, session: Session, look: Look, with_gallery: bool = True) -> Updates:
-        """What the page shows of a session; files that were made before are out of date.
-
-        Values alone where they are enough: for an update of properties gradio makes the whole component anew.
-        """
+        """What the page shows of a session; files that were made before are out of date."""
         w = self.widgets
         with session.lock:
             self._require_picture(session)

@@ -73,33 +73,28 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
 def _connect(w: Widgets, actions: Actions) -> None:
     """Tie events to their handlers."""
     session, look = w.session, w.look
-    heavy = {"outputs": w.outputs, "api_visibility": "private", **ENCODER}
-    light = {"outputs": w.outputs, "api_visibility": "private", "show_progress": "hidden", **DECODER}
+    heavy = {"api_visibility": "private", **ENCODER}
+    light = {"api_visibility": "private", "show_progress": "hidden", **DECODER}
+    start = {"outputs": [*w.shown, w.upload, w.kind], "show_progress_on": w.upload, **heavy}
     # Choosing the camera or the clipboard already counts as input, of nothing; a picture that comes while that is
     # answered must not be dropped.
-    uploaded = w.upload.input(
-        actions.load, [session, w.upload, *look], show_progress_on=w.upload, trigger_mode="multiple", **heavy
-    )
+    uploaded = w.upload.input(actions.load, [session, w.upload, *look], trigger_mode="multiple", **start)
     uploaded.failure(lambda: None, outputs=w.upload, api_visibility="private", queue=False)
     for button in w.examples:
-        button.click(actions.load_example, [session, button, *look], show_progress_on=w.upload, **heavy)
-    w.run.click(actions.find_everything, [session, w.grid, *look], show_progress_on=w.canvas, **heavy)
-    w.canvas.select(actions.click, [session, *look], trigger_mode="multiple", **light)
-    w.gallery.select(actions.choose, [session, *look], trigger_mode="always_last", **light)
-    w.mode.input(actions.change_mode, [session, *look], trigger_mode="always_last", **light)
-    w.undo.click(actions.undo, [session, *look], trigger_mode="multiple", **light)
-    w.reset.click(actions.reset, [session, *look], **light)
-    w.another.click(actions.leave, session, **light)
+        button.click(actions.load_example, [session, button, *look], **start)
+    w.run.click(actions.find_everything, [session, w.grid, *look], w.shown, show_progress_on=w.canvas, **heavy)
+    w.canvas.select(actions.click, [session, *look], w.shown, trigger_mode="multiple", **light)
+    w.gallery.select(actions.choose, [session, *look], w.shown, trigger_mode="always_last", **light)
+    w.mode.input(actions.change_mode, [session, *look], [*w.shown, *w.controls], trigger_mode="always_last", **light)
+    w.undo.click(actions.undo, [session, *look], w.shown, trigger_mode="multiple", **light)
+    w.reset.click(actions.reset, [session, *look], w.shown, **light)
+    w.another.click(actions.leave, session, w.shown, **light)
     for slider in (w.transparency, w.predicted_iou, w.stability):
-        slider.input(actions.redraw, [session, *look], trigger_mode="always_last", **light)
-    gr.on(
-        [w.add.click, w.coordinates.submit],
-        actions.add,
-        [session, w.coordinates, *look],
-        **light,
-    )
+        slider.input(actions.redraw, [session, *look], w.shown, trigger_mode="always_last", **light)
+    typed = [w.add.click, w.coordinates.submit]
+    gr.on(typed, actions.add, [session, w.coordinates, *look], [*w.shown, w.coordinates], **light)
     # At the size of the picture, which can be large: nothing for those who click to wait for.
-    w.make_files.click(actions.make_files, [session, *look], show_progress="minimal", **heavy)
+    w.make_files.click(actions.make_files, [session, *look], w.shown, show_progress="minimal", **heavy)
 
 
 def main() -> None:

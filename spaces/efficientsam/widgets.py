@@ -2,7 +2,7 @@
 """What is on the page: components, their order and their words."""
 
 import html
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -58,6 +58,7 @@ class Widgets:
     examples: list[gr.Button]
     work: gr.Column
     mode: gr.Radio
+    kinds: gr.Column
     kind: gr.Radio
     hint: gr.HTML
     canvas: gr.Image
@@ -84,9 +85,24 @@ class Widgets:
         return [self.mode, self.kind, self.transparency, self.predicted_iou, self.stability]
 
     @property
-    def outputs(self) -> list[Any]:
-        """Every single component, so that events may change any."""
-        return [getattr(self, field.name) for field in fields(self) if field.name != "examples"]
+    def inputs(self) -> list[Any]:
+        """What events read and may change too: by its value alone, so that it stays the same component."""
+        return [self.session, self.upload, self.kind, self.coordinates]
+
+    @property
+    def shown(self) -> list[Any]:
+        """What every event may change. None of it is the input of an event.
+
+        A component whose properties change, or which an event may change and does not, is made anew by gradio for
+        that visitor. As an input, the new one is kept beside the old for as long as the visitor is remembered.
+        """
+        place = [self.session, self.start, self.work]
+        return [*place, self.canvas, self.status, self.gallery, self.table, self.make_files, self.files]
+
+    @property
+    def controls(self) -> list[Any]:
+        """What belongs to a mode."""
+        return [self.kinds, self.hint, self.undo, self.automatic]
 
 
 def build_widgets(segmenter: Segmenter) -> Widgets:
@@ -134,7 +150,8 @@ def _canvas(segmenter: Segmenter) -> dict[str, Any]:
     kinds = [OBJECT, BACKGROUND] if segmenter.background_points else [OBJECT]
     with gr.Row(elem_id="modes"):
         parts["mode"] = gr.Radio([CLICK, BOX, EVERYTHING], value=CLICK, label="Mode", elem_id="mode", min_width=200)
-        parts["kind"] = gr.Radio(kinds, value=OBJECT, label="A click marks", elem_id="kind", min_width=200)
+        with gr.Column(min_width=200, elem_id="kinds") as parts["kinds"]:
+            parts["kind"] = gr.Radio(kinds, value=OBJECT, label="A click marks", elem_id="kind")
     parts["hint"] = gr.HTML(f"<p>{HINTS[CLICK]}</p>", elem_id="hint")
     parts["canvas"] = gr.Image(
         label="Picture",
