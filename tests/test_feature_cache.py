@@ -380,6 +380,7 @@ def test_a_run_does_not_go_on_with_other_features(tmp_path, vit, pictures, recip
     assert "learnt other features: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on(tmp_path, vit) -> None:
     """SIGKILL while shards are being written; then the cache is completed, and equal to one made at a stroke."""
     command = ["features", "--teacher", vit, "--scenes", "60", "--scene-size", "64", "--shard-size", "2"]

@@ -47,6 +47,7 @@ def test_train_resume_evaluate_export(tmp_path: Path, capsys: pytest.CaptureFixt
         torch.testing.assert_close(weight, trained.state_dict()[name], atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_folder_and_moves_every_weight(tmp_path: Path) -> None:
     main([*TRAIN, "--max-steps", "2", "--output-dir", str(tmp_path / "first")])
     start = tmp_path / "first" / "model"

@@ -214,7 +214,7 @@ def test_accumulation_equals_a_larger_batch(tmp_path: Path, training_on: Callabl
         equal(tmp_path / "large", tmp_path / "other", **CLOSE)
 
 
-@pytest.mark.parametrize("source", ["features", "scenes"])
+@pytest.mark.parametrize("source", ["features", pytest.param("scenes", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_same_bits(tmp_path: Path, training_on: Callable, source: str, threads) -> None:
     """SIGKILL at any moment, with a teacher that looks on, and with what it saw before."""
     command = [*training_on(source), "--max-steps", "30", "--num-threads", "1", "--output-dir"]
