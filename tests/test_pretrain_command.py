@@ -200,10 +200,7 @@ def training_on(tmp_path: Path, recipe_without_teacher: str) -> Callable[[str], 
     return command
 
 
-SOURCES = ["pictures", "features", pytest.param("scenes", marks=pytest.mark.slow)]
-
-
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("source", ["pictures", "features", pytest.param("scenes", marks=pytest.mark.slow)])
 def test_accumulation_equals_a_larger_batch(tmp_path: Path, training_on: Callable, source: str) -> None:
     """4 x 2 and 1 x 8 hide the same patches of the same pictures."""
     command = training_on(source)

@@ -345,7 +345,7 @@ def test_bad_files_are_explained_and_the_page_goes_on(tab: Tab, tmp_path: Path) 
     tab.page.wait_for_selector("#upload input[type=file]", state="attached")
     tab.upload(COFFEE)
     tab.click(SAUCER, "Decoded in")
-    tab.wait_for_status("Predicted IoU")
+    assert "Predicted IoU" in tab.status() and tab.mask().any()
 
 
 def test_camera(tab: Tab) -> None:
@@ -356,6 +356,9 @@ def test_camera(tab: Tab) -> None:
     tab.page.get_by_role("button", name="capture photo").click()
     tab.wait_for_status("encoded once")
     expect(tab.page.locator("#canvas img")).to_be_visible()
+    video = [int(side) for side in re.match(r"(\d+) x (\d+) pixels", tab.status().replace(",", "")).groups()]
+    shown = tab.page.locator("#canvas img").bounding_box()
+    assert abs(shown["width"] / shown["height"] - video[0] / video[1]) < 0.02
 
 
 def test_paste(open_tab: Callable[..., Tab]) -> None:
@@ -364,6 +367,8 @@ def test_paste(open_tab: Callable[..., Tab]) -> None:
     tab.page.get_by_role("button", name="Paste from clipboard").click()
     tab.wait_for_status("300 x 200 pixels, encoded once")
     expect(tab.page.locator("#canvas img")).to_be_visible()
+    shown = tab.page.locator("#canvas img").bounding_box()
+    assert abs(shown["width"] / shown["height"] - 300 / 200) < 0.02
 
 
 COPY_PICTURE = """async () => {
