@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Tests at a time, each on one thread. A file stays in one process: its fixtures are made once.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadfile
 DEMO := outputs/demo
 
 .PHONY: help env demo test test-slow test-browser style quality build clean
@@ -37,10 +40,10 @@ demo: $(READY)
 	@echo "The picture is $(CURDIR)/$(DEMO)/overlay.png"
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 test-browser: $(READY)
 	$(BIN)/python -m pytest -m browser

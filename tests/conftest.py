@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 
 # No test may reach for the Hub; set before huggingface_hub is imported, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# `make test` runs several tests at a time: the processes that a test starts must not each take every core.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # Reductions are split by thread, so their last bits depend on the count: fix it for every machine.
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,6 @@ from transformers import (
 
 folder, destination, prompts, generate = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
 remote = {"trust_remote_code": True}
-torch.set_num_threads(2)
 image = Image.open(folder + "/picture.png")
 processor = AutoProcessor.from_pretrained(folder, **remote)
 inputs = processor(images=image, return_tensors="pt", **prompts)

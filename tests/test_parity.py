@@ -33,9 +33,19 @@ def official(parity: Path) -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", params=["ti", "s"])
-def variant(request: pytest.FixtureRequest) -> str:
+# The larger one with the attention written out takes a minute and a half; its two halves are covered by the others.
+KINDS = [("ti", "sdpa"), ("ti", "eager"), ("s", "sdpa"), pytest.param(("s", "eager"), marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids="-".join)
+def kind(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """Variant of the released model, implementation of attention."""
     return request.param
+
+
+@pytest.fixture(scope="module")
+def variant(kind: tuple[str, str]) -> str:
+    return kind[0]
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +56,9 @@ def folder(variant: str, official: ModuleType, tmp_path_factory: pytest.TempPath
     return path / "converted"
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
-def model(request: pytest.FixtureRequest, folder: Path) -> EfficientSamModel:
-    return EfficientSamModel.from_pretrained(folder, attn_implementation=request.param).eval()
+@pytest.fixture(scope="module")
+def model(kind: tuple[str, str], folder: Path) -> EfficientSamModel:
+    return EfficientSamModel.from_pretrained(folder, attn_implementation=kind[1]).eval()
 
 
 @pytest.fixture(scope="module")
