@@ -50,6 +50,7 @@ OTHERS = {
     "EdgeTamModel": ("EdgeTamModel", "EdgeTamConfig"),  # needs timm
 }
 SIZE = 1024
+AT_ONCE = 64  # prompts, as in the stock pipeline: 1,024 images of their own would not fit in 24 GB
 # Low enough that many of the shipped checkpoint's masks survive at a size that it was not trained at.
 THRESHOLDS = {"pred_iou_thresh": 0.1, "stability_score_thresh": 0.3}
 
@@ -188,12 +189,12 @@ def prompt_rows(args: argparse.Namespace) -> list[dict]:
     for number in args.prompts:
         points = torch.rand(number, 1, 2, device=args.device) * (SIZE - 1)
         labels = torch.ones(number, 1, dtype=torch.long, device=args.device)
-        calls = {"image repeated, float32": lambda p=points, n=labels: baseline(embeddings, p[None], n[None])}
+        batches = [(p[None], n[None]) for p, n in zip(points.split(AT_ONCE), labels.split(AT_ONCE))]
+        calls = {"image repeated, float32": lambda b=batches: [baseline(embeddings, *prompts) for prompts in b]}
         for name, decoder in decoders.items():
-            plain = decoder.model
-            calls[f"plain path {name}"] = lambda m=plain, p=points, n=labels: m.decode_prompts(
-                embeddings, p[None], n[None]
-            )
+            calls[f"plain path {name}"] = lambda m=decoder.model, b=batches: [
+                m.decode_prompts(embeddings, *prompts) for prompts in b
+            ]
             calls[f"fast path {name}"] = lambda d=decoder, p=points, n=labels: d(p, n)
         operations = count(next(iter(calls.values())))
         rows += print_row(f"{number} prompts", take_turns(calls, args.repeats, args.device), operations)
@@ -246,15 +247,15 @@ class _StockSteps:
         pixels = self.pipeline.image_processor(images=crops, return_tensors="pt")["pixel_values"]
         embeddings = self.pipeline.model.get_image_embeddings(pixels.to(self.pipeline.device))
         outputs = []
-        for start in range(0, points.shape[1], 64):
+        for start in range(0, points.shape[1], AT_ONCE):
             inputs = {
                 "input_boxes": boxes,
                 "is_last": False,
                 "original_sizes": torch.tensor([image.size[::-1]]),
                 "full_image_size": torch.tensor(image.size[::-1]),
                 "image_embeddings": embeddings,
-                "input_points": points[:, start : start + 64].to(self.pipeline.device),
-                "input_labels": labels[:, start : start + 64].to(self.pipeline.device),
+                "input_points": points[:, start : start + AT_ONCE].to(self.pipeline.device),
+                "input_labels": labels[:, start : start + AT_ONCE].to(self.pipeline.device),
             }
             outputs.append(self.pipeline._forward(inputs, **thresholds))
         return self.pipeline.postprocess(outputs, output_rle_mask=True)
