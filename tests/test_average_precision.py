@@ -14,6 +14,7 @@ from PIL import Image
 from efficientsam_hf.data.coco import CocoSamples
 from efficientsam_hf.evaluation import average_precision, everything_average_precision, read_detections
 from efficientsam_hf.models import mask_generation_efficientsam
+from efficientsam_hf.models.processing_efficientsam import clipped_boxes
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 
 
@@ -139,6 +140,9 @@ def test_the_limit_holds_for_both_sides(samples: CocoSamples) -> None:
 def test_detections_that_cannot_be_used(samples: CocoSamples, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="picture 9 is not among"):
         measure(samples, detections=[detection(9, (0, 0, 5, 5), 1.0)])
+    other = detection(1, (0, 0, 5, 5), 1.0) | {"category_id": 18}
+    with pytest.raises(ValueError, match=r"category_id 18 is not among those of the annotations: \[1\]"):
+        measure(samples, detections=[detection(*OBJECTS[0], 0.9), other])
     assert measure(samples, detections=[])["box_iou"]["AP"] == 0
     path = tmp_path / "detections.json"
     with pytest.raises(FileNotFoundError, match="does not exist"):
@@ -147,10 +151,54 @@ def test_detections_that_cannot_be_used(samples: CocoSamples, tmp_path: Path) ->
         ("{", "not a JSON"),
         ("{}", "must hold a list"),
         ('[{"score": 1}]', "entry 0 lacks image_id"),
+        ('[{"image_id": 1, "category_id": 1, "score": 1, "bbox": [0, 0, 5]}]', "bbox of entry 0 must be"),
+        ('[{"image_id": 1, "category_id": 1, "score": 1, "bbox": [0, 0, 5, Infinity]}]', "bbox of entry 0 must be"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=words):
             read_detections(path)
+
+
+def test_categories_beyond_the_limit_are_known(samples: CocoSamples) -> None:
+    content = json.loads(samples.annotations.read_text())
+    content["annotations"][-1]["category_id"] = 4  # of picture 2
+    samples.annotations.write_text(json.dumps(content))
+    changed = CocoSamples(samples.annotations, samples.image_folder)
+    found = [
+        detection(*OBJECTS[0], 0.9),
+        detection(*OBJECTS[1], 0.8),
+        detection(*OBJECTS[2], 0.7) | {"category_id": 4},
+    ]
+    assert measure(changed, detections=found, limit=1)["box_iou"]["AP"] == pytest.approx(1)
+    assert measure(changed, detections=found)["box_iou"]["AP"] == pytest.approx(1)
+    with pytest.raises(ValueError, match=r"category_id 5 is not among those of the annotations: \[1, 4\]"):
+        measure(changed, detections=[found[2] | {"category_id": 5}], limit=1)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        (-9, 0, 0, 20),
+        (0, -9, 20, 0),
+        (WIDTH, 0, WIDTH + 5, 20),
+        (0, HEIGHT, 20, HEIGHT + 5),
+        (4, 4, 4, 9),
+        (9, 4, 4, 9),
+    ],
+)
+def test_boxes_that_cover_nothing_of_their_picture_are_left_out(samples: CocoSamples, box) -> None:
+    prompted = []
+
+    class Recording(Processor):
+        def __call__(self, images: Image.Image, return_tensors: str, input_boxes: list) -> dict[str, Any]:
+            prompted.extend(input_boxes[0])
+            clipped_boxes(input_boxes, [(images.height, images.width)])  # as ours does it, or it raises ValueError
+            return super().__call__(images, return_tensors, input_boxes)
+
+    found = [detection(*entry, 0.5) for entry in OBJECTS]
+    outside = [detection(1, box, 0.9), detection(3, box, 0.9)]
+    result = average_precision(Filler(), Recording(), samples, outside + found, progress=False)
+    assert result == measure(samples, detections=found) and len(prompted) == 3
 
 
 def test_annotations_that_cannot_be_measured(samples: CocoSamples) -> None:

@@ -403,6 +403,10 @@ def test_evaluate_refuses(coco: list[str], model_folder: str, tmp_path: Path, ca
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "-3"], capsys)
     absent = ["--annotations", str(tmp_path / "no.json"), "--images", str(tmp_path)]
     assert "no.json does not exist" in refused([*arguments, *absent], capsys)
+    for mode in (["--boxes", "ground-truth"], ["--everything"]):
+        for option in (["--clicks", "1", "3"], ["--prompts", "box"]):
+            line = refused([*arguments, *coco, *mode, *option], capsys)
+            assert f"{option[0]} is for mIoU and changes nothing with {mode[0]}" in line
     below_a_file = ["--output", str(tmp_path / "coco.json" / "metrics.json")]
     assert "cannot write" in refused([*arguments, *coco, *below_a_file], capsys)
 

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from efficientsam_hf.cli import main
-from efficientsam_hf.cli.everything import large_pictures
+from efficientsam_hf.cli.everything import _overlay, large_pictures, write_labels
 from efficientsam_hf.cli.segment import read_image
-from efficientsam_hf.models.rle_efficientsam import decode_rle
+from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle
+from efficientsam_hf.visualization import draw_masks, object_color
 
 
 LOW = ["--everything", "--pred-iou-thresh", "0.2", "--stability-score-thresh", "0.5", "--points-per-crop", "4"]
@@ -31,7 +32,8 @@ def test_results_agree_with_each_other(picture: str, tmp_path: Path, capsys, til
     content = json.loads((out / "masks.json").read_text())
     objects = content["objects"]
     assert content["size"] == [150, 200] and len(objects) > 2
-    assert f"{len(objects)} masks" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{len(objects)} masks" in printed and f"{out / 'masks.json'} and {out / 'labels.png'}" in printed
     labels = np.asarray(Image.open(out / "labels.png"))
     for index, record in enumerate(objects):
         mask = decode_rle(record["segmentation"])
@@ -53,6 +55,27 @@ def test_a_picture_without_masks(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "no masks" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "masks.json").read_text())["objects"] == []
     assert (tmp_path / "out" / "overlay.png").is_file()
+
+
+@pytest.mark.parametrize(("count", "name"), [(2**16 - 1, "labels.png"), (2**16, "labels.tif"), (70_000, "labels.tif")])
+def test_every_number_of_a_mask_fits_into_the_label_image(tmp_path: Path, count: int, name: str) -> None:
+    labels = np.arange(400 * 250, dtype=np.int32).reshape(400, 250).T % (count + 1)  # down the columns, as from tiles
+    assert labels.max() == count and write_labels(tmp_path, labels) == tmp_path / name
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with Image.open(tmp_path / name) as written:
+        np.testing.assert_array_equal(np.asarray(written), labels)
+
+
+def test_the_overlay_has_every_mask_as_draw_masks_draws_it(photo: Image.Image) -> None:
+    image = photo.resize((120, 80))
+    before = image.tobytes()
+    masks = np.zeros((3, 80, 120), bool)
+    masks[0, 5:20, 5:20], masks[1, 2:70, 3:110], masks[2, 40:60, 30:119] = True, True, True
+    boxes = np.array([[5, 5, 19, 19], [3, 2, 109, 69], [30, 40, 118, 59]])
+    drawn = _overlay(image, [encode_rle(mask) for mask in masks], [225, 7276, 1780], boxes)
+    order = [1, 2, 0]  # the largest at the bottom
+    expected = draw_masks(image, masks[order], [object_color(index) for index in order])
+    assert drawn.tobytes() == expected.tobytes() and image.tobytes() == before
 
 
 def test_only_tiles_lift_the_limit_on_large_pictures(picture: str, monkeypatch) -> None:

@@ -81,6 +81,16 @@ def test_pictures_without_objects_are_left_out_and_need_not_exist(tmp_path: Path
         samples[1]
 
 
+def test_annotations_that_are_boxes_alone_are_left_out(tmp_path: Path) -> None:
+    images = [
+        {"id": 1, "file_name": "a.png", "width": WIDTH, "height": HEIGHT},
+        {"id": 2, "file_name": "missing.png", "width": WIDTH, "height": HEIGHT},
+    ]
+    boxes = [annotation([], number, bbox=[1, 2, 3, 4]) for number in (1, 2)]
+    samples = CocoSamples(*write(tmp_path, [*boxes, annotation(UNCOMPRESSED)], images=images))
+    assert len(samples) == 1 and len(samples[0]["masks"]) == 1
+
+
 def test_masks_without_a_pixel_are_left_out(tmp_path: Path) -> None:
     empty = {"size": [HEIGHT, WIDTH], "counts": [HEIGHT * WIDTH]}
     assert len(CocoSamples(*write(tmp_path, [annotation(empty), annotation(UNCOMPRESSED)]))[0]["masks"]) == 1
@@ -92,7 +102,23 @@ def test_masks_without_a_pixel_are_left_out(tmp_path: Path) -> None:
     [
         ([annotation(UNCOMPRESSED, 5)], {}, "annotation 7 belongs to image 5"),
         ([], {}, "no objects"),
-        ([annotation(UNCOMPRESSED, iscrowd=1)], {}, "no objects"),
+        ([annotation(UNCOMPRESSED, iscrowd=1)], {}, "no objects to use: 1 annotations$"),
+        (
+            [annotation([]), annotation([], bbox=[1, 2, 3, 4])],
+            {},
+            r"instances\.json holds no objects to use: none of 2 annotations has a segmentation, and boxes alone",
+        ),
+        (
+            [annotation(UNCOMPRESSED, iscrowd=1), annotation([])],
+            {},
+            "no objects to use: 2 annotations, 1 of them boxes without a segmentation$",
+        ),
+        (
+            [annotation(UNCOMPRESSED), annotation({"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]})],
+            {},
+            r"instances\.json, picture a\.png: mask of \(40, 30\) in a picture of \(30, 40\) \(height, width\)",
+        ),
+        ([annotation("13j2")], {}, r"picture a\.png: an RLE mask"),
         ([{"image_id": 1}], {}, "entry 0 of 'annotations' lacks segmentation"),
         ([], {"images": [{"id": 1, "file_name": "a.png"}]}, "entry 0 of 'images' lacks width, height"),
         ([], {"images": None}, "no list 'images'"),
@@ -107,17 +133,12 @@ def test_files_that_are_refused(tmp_path: Path, annotations: list[Any], changes:
     ("segmentation", "message"),
     [
         ({"size": [HEIGHT, WIDTH], "counts": [5]}, "a.png: RLE counts"),
-        (
-            {"size": [WIDTH, HEIGHT], "counts": [HEIGHT * WIDTH]},
-            r"a.png: mask of \(40, 30\) in a picture of \(30, 40\)",
-        ),
         ([[1, 2, 3, 4]], "a.png: a polygon"),
         ([1, 2, 3, 4, 5, 6], "a.png: a polygon"),
         ([["a", 2, 3, 4, 5, 6]], "a.png: a polygon"),
-        ("13j2", "a.png: an RLE mask"),
     ],
 )
-def test_segmentations_that_are_refused(tmp_path: Path, segmentation: Any, message: str) -> None:
+def test_segmentations_that_are_refused_on_access(tmp_path: Path, segmentation: Any, message: str) -> None:
     samples = CocoSamples(*write(tmp_path, [annotation(segmentation)]))
     with pytest.raises(ValueError, match=message):
         samples[0]

@@ -78,7 +78,7 @@ def write_coco(folder: Path, count: int) -> list[str]:
     return ["--no-train-scenes", "--train-annotations", str(path), "--train-images", str(folder)]
 
 
-def test_training_on_a_coco_file(tmp_path: Path) -> None:
+def test_training_on_a_coco_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = write_coco(tmp_path / "data", 5)
     for name in ("3.png", "4.png"):  # the latter is beyond the limit
         Path(flags[-1], name).write_bytes(b"no picture")
@@ -98,7 +98,8 @@ def test_training_on_a_coco_file(tmp_path: Path) -> None:
     assert main([*TRAIN, *flags, "--max-steps", "5", "--output-dir", str(run)]) == 0
     skipped = events(run, "skipped")
     assert [line["sample"] for line in skipped] == [3] and "not a picture" in skipped[0]["reason"]
-    assert events(run, "end")[0]["images"] == 20
+    assert events(run, "end")[0]["images"] == 20 and events(run, "end")[0]["skipped"] == 1
+    assert "1 samples could not be used; log.jsonl names them" in capsys.readouterr().out
 
 
 def test_a_killed_run_on_a_coco_file_ends_with_the_same_bits(tmp_path: Path, threads: None) -> None:
@@ -173,6 +174,10 @@ def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.Capt
         (["--train-scenes", "--crops"], "for annotated pictures"),
         (["--train-scenes", "--stream"], "train_dataset, which is not given"),
         (["--train-scenes", "--train-limit", "3"], "train_limit is for pictures that are stored"),
+        (
+            ["--train-scenes", "--evaluate-scenes", "1", "--best-metric", "scenes/boxx"],
+            "one of miou, .*scenes/box, ",
+        ),
     ):
         assert main([*base, *wrong]) == 2
         assert re.search(words, capsys.readouterr().err)

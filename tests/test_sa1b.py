@@ -4,14 +4,21 @@
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from efficientsam_hf import EfficientSamImageProcessor
+from efficientsam_hf.data import rle_masks
+from efficientsam_hf.data.augmentation import Augmentation
+from efficientsam_hf.data.rle_masks import RleMasks
 from efficientsam_hf.data.sa1b import Sa1bFolder, read_row, stream_tars
 from efficientsam_hf.data.tars import find_tars
-from efficientsam_hf.models.rle_efficientsam import encode_rle
+from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle
+from efficientsam_hf.training.mask_preparation import MaskPreparation
 
 
 def write_picture(folder: Path, name: str, masks: np.ndarray) -> None:
@@ -38,12 +45,14 @@ def test_pictures_and_masks_of_all_subfolders(tmp_path: Path) -> None:
 
 def test_damage_is_named(tmp_path: Path) -> None:
     masks = np.ones((1, 20, 30), bool)
-    for name in "abcd":
+    for name in "abcdef":
         write_picture(tmp_path, name, masks)
     (tmp_path / "a.jpg").unlink()
     (tmp_path / "b.json").write_text("{")
     (tmp_path / "c.json").write_text('{"annotations": 3}')
     Image.new("RGB", (10, 10)).save(tmp_path / "d.jpg")
+    (tmp_path / "e.json").write_text('{"annotations": [{"segmentation": {"size": [20, 30], "counts": [7]}}]}')
+    (tmp_path / "f.json").write_text('{"annotations": [{"area": 7}]}')
     samples = Sa1bFolder(tmp_path)
     for index, (kind, words) in enumerate(
         [
@@ -51,10 +60,95 @@ def test_damage_is_named(tmp_path: Path) -> None:
             (ValueError, "b.json is not a JSON file"),
             (ValueError, "c.json is not an SA-1B file"),
             (ValueError, r"d.json: mask of \(20, 30\) in a picture of \(10, 10\)"),
+            (ValueError, "e.json: RLE counts must be runs that add up to 20 x 30"),
+            (ValueError, "f.json: an RLE mask must be a dict"),
         ]
     ):
         with pytest.raises(kind, match=words):
             samples[index]
+
+
+@pytest.fixture
+def expanded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The RLE masks that `RleMasks` expands, as it does."""
+    calls: list[Any] = []
+
+    def counting(rle: dict[str, Any]) -> np.ndarray:
+        calls.append(rle)
+        return decode_rle(rle)
+
+    monkeypatch.setattr(rle_masks, "decode_rle", counting)
+    return calls
+
+
+def test_masks_stand_for_an_array_and_expand_what_is_asked(expanded: list[Any]) -> None:
+    masks = np.random.default_rng(0).random((5, 20, 30)) < 0.5
+    lazy = RleMasks([encode_rle(mask) for mask in masks], (20, 30))
+    assert (len(lazy), lazy.shape, lazy.ndim, lazy.dtype) == (5, masks.shape, 3, bool)
+    np.testing.assert_array_equal(lazy.areas(), masks.sum((1, 2)))
+    assert expanded == []
+    for count, index in ((1, 2), (2, [3, 0]), (2, slice(1, 3)), (0, []), (3, np.arange(5) > 1)):
+        np.testing.assert_array_equal(lazy[index], masks[index])
+        assert len(expanded) == count
+        expanded.clear()
+    np.testing.assert_array_equal(lazy[:, 2:9, ::-1], masks[:, 2:9, ::-1])
+    np.testing.assert_array_equal(list(lazy), masks)
+    with pytest.raises(IndexError):
+        lazy[5]
+
+
+def test_numpy_and_torch_take_masks_as_an_array() -> None:
+    masks = np.random.default_rng(0).random((3, 20, 30)) < 0.5
+    for some in (masks, masks[:0]):
+        lazy = RleMasks([encode_rle(mask) for mask in some], (20, 30))
+        assert np.asarray(lazy).dtype == bool and np.asarray(lazy, np.uint8).dtype == np.uint8
+        np.testing.assert_array_equal(np.asarray(lazy), some)
+        assert torch.equal(torch.as_tensor(lazy), torch.from_numpy(some))  # as evaluation makes it a tensor
+    with pytest.raises(ValueError, match="copy: "):
+        np.asarray(lazy, copy=False)
+
+
+def picture_of_objects(folder: Path, count: int) -> dict[str, Any]:
+    """An SA-1B sample with rectangles of many sizes, some too large or too small to train on."""
+    generator, masks = np.random.default_rng(0), np.zeros((count, 60, 90), bool)
+    for mask in masks:
+        (left, top), (width, height) = generator.integers(0, 50, 2), generator.integers(1, 40, 2)
+        mask[top : top + height, left : left + width] = True
+    masks[3], masks[5] = True, False
+    write_picture(folder, "sa_1", masks)
+    return Sa1bFolder(folder)[0]
+
+
+@pytest.mark.parametrize("scale_of", [None, 64])
+@pytest.mark.parametrize("augmentation", [Augmentation(), Augmentation(0.5), Augmentation(0.5, 0.5, 2.0)])
+def test_training_draws_the_same_from_lazy_masks_as_from_an_array(tmp_path: Path, augmentation, scale_of) -> None:
+    sample = picture_of_objects(tmp_path, 30)
+    dense = {**sample, "masks": np.asarray(sample["masks"])}
+    processor = EfficientSamImageProcessor(size=32, do_normalize=False, antialias=True)
+    preparation = MaskPreparation(processor, 8, 0.02, 0.5, augmentation, scale_of)
+    for seed in range(10):
+        lazy, whole = (preparation(given, 32, np.random.default_rng(seed)) for given in (sample, dense))
+        assert lazy.keys() == whole.keys() and all(torch.equal(lazy[name], whole[name]) for name in lazy)
+        assert lazy["object_mask"].any()
+
+
+def test_only_drawn_masks_are_expanded_where_the_picture_stays_as_it_is(tmp_path: Path, expanded: list[Any]) -> None:
+    sample = picture_of_objects(tmp_path, 30)
+    processor = EfficientSamImageProcessor(size=32, do_normalize=False, antialias=True)
+    MaskPreparation(processor, objects=4)(sample, 32, np.random.default_rng(0))
+    assert len(expanded) == 4
+    expanded.clear()
+    augmentation = Augmentation(flip=0.5)
+    for seed in range(10):
+        MaskPreparation(processor, objects=4, augmentation=augmentation)(sample, 32, np.random.default_rng(seed))
+    flips = sum(np.random.default_rng(seed).random(4)[0] < 0.5 for seed in range(10))
+    assert 0 < flips < 10 and len(expanded) == 30 * flips + 4 * (10 - flips)
+
+
+def test_a_sample_without_a_usable_object_is_named(tmp_path: Path) -> None:
+    write_picture(tmp_path, "sa_7", np.zeros((2, 20, 30), bool))
+    with pytest.raises(ValueError, match=r"picture sa_7: none of 2 objects covers"):
+        MaskPreparation(EfficientSamImageProcessor(size=32))(Sa1bFolder(tmp_path)[0], 32, np.random.default_rng(0))
 
 
 def test_folders_that_cannot_be_used(tmp_path: Path) -> None:

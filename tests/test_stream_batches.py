@@ -17,13 +17,25 @@ from efficientsam_hf.training.stream_batches import StreamBatches
 
 
 STAGE = Stage(0.0, 32, 2)
+ROWS_READ: list[int] = []  # tones of all rows that streams of this process have read
+
+
+@pytest.fixture(autouse=True)
+def nothing_read() -> None:
+    ROWS_READ.clear()
 
 
 def rows(tones: list):
     """Each entry is a shard: one row, or a list of them."""
     for tone in tones:
         for one in tone if isinstance(tone, list) else [tone]:
+            ROWS_READ.append(one)
             yield {"tone": one}
+
+
+def rows_of_unlike_epochs(tones: list):
+    """The rows of one shard, and all but two of them every second time."""
+    yield from rows([tones[0][: -2 if ROWS_READ.count(0) % 2 else None]])
 
 
 def read(row: dict[str, Any]) -> dict[str, Any]:
@@ -35,9 +47,9 @@ def read(row: dict[str, Any]) -> dict[str, Any]:
     return {"image": Image.new("RGB", (40, 40), (row["tone"],) * 3), "masks": masks}
 
 
-def make(tones: list, augmentation: Augmentation | None = None, **options: Any) -> StreamBatches:
+def make(tones: list, augmentation: Augmentation | None = None, source: Any = rows, **options: Any) -> StreamBatches:
     processor = EfficientSamImageProcessor(size=32, do_normalize=False, antialias=True)
-    stream = datasets.IterableDataset.from_generator(rows, gen_kwargs={"tones": tones})
+    stream = datasets.IterableDataset.from_generator(source, gen_kwargs={"tones": tones})
     preparation = MaskPreparation(processor, objects=2, augmentation=augmentation or Augmentation())
     return StreamBatches(stream, read, preparation, **{"shuffle_buffer": 4, **options})
 
@@ -73,6 +85,46 @@ def test_processes_share_the_rows(shards: int) -> None:
     groups = [list(range(8))] if shards == 1 else list(range(8))
     seen = [tone for rank in (0, 1) for tone in tones(make(groups, rank=rank, processes=2), 2)]
     assert sorted(seen) == list(range(8))
+
+
+@pytest.mark.parametrize("buffer", [1, 4])
+def test_a_start_in_a_later_epoch_passes_over_those_before_it(buffer: int) -> None:
+    through = tones(make(list(range(6)), shuffle_buffer=buffer), 16)
+    for start in range(16):
+        ROWS_READ.clear()
+        batches = make(list(range(6)), shuffle_buffer=buffer)
+        assert tones(batches, 1, start) == through[2 * start : 2 * start + 2]
+        assert len(ROWS_READ) <= (6 if start < 3 else 12)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("shards", [[list(range(7))], [0, [1, 2], [3, 4, 5], 6, 7]], ids=["one", "five"])
+def test_parts_of_unlike_length_are_passed_over_alike(shards: list, rank: int) -> None:
+    through = tones(make(shards, rank=rank, processes=2), 12)
+    assert [tones(make(shards, rank=rank, processes=2), 1, start) for start in range(12)] == [
+        through[2 * start : 2 * start + 2] for start in range(12)
+    ]
+
+
+def test_a_new_stage_reads_nothing_of_epochs_that_were_counted() -> None:
+    batches, second = make(list(range(6))), Stage(0.5, 32, 2)
+    tones(batches, 7)  # two epochs and more
+    ROWS_READ.clear()
+    stream = batches(9, second)
+    again = next(stream)
+    assert len(ROWS_READ) <= 6
+    whole = make(list(range(6)))(0, second)
+    expected = [next(whole) for _ in range(10)][9]
+    assert all(torch.equal(again[name], expected[name]) for name in expected)
+
+
+def test_epochs_of_unlike_length_are_not_passed_over() -> None:
+    batches = make([list(range(7))], source=rows_of_unlike_epochs, shuffle_buffer=1)
+    assert tones(batches, 7) == [*range(7), *range(5), 0, 1]
+    stream = batches(6, STAGE)
+    before = len(ROWS_READ)
+    next(stream)
+    assert len(ROWS_READ) - before == 5 + 7 + 2
 
 
 def test_damaged_rows_are_padding_and_named() -> None:

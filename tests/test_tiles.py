@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Large images in tiles: objects that cross seams come out whole, and once."""
 
+import weakref
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy import ndimage
 
-from efficientsam_hf import tiles
 from efficientsam_hf.models.rle_efficientsam import (
     decode_rle,
     encode_rle,
@@ -102,24 +103,116 @@ def test_neighbours_that_differ_in_the_strip_stay_apart() -> None:
     assert joined["areas"].tolist() == [64 * 64] and joined["tiles"].tolist() == [2]
 
 
-def test_masks_of_one_tile_are_never_joined() -> None:
-    """Left and right half of the first tile both meet the whole of the second, over the tiles below."""
-    image = np.zeros((100, 100, 3), np.uint8)
-    halves = [slice(0, 50), slice(50, 64)]
-    result = segment_tiles(columns_of_each_tile([halves, [slice(14, 64)], halves, [slice(0, 64)]]), image, 64, 28)
+def test_a_chain_of_pairs_joins_no_masks_of_one_tile() -> None:
+    """Both halves of the first tile lead to the second one's mask: one at once, the other over the tiles below."""
+    below = [[slice(0, 52), slice(52, 64)], [np.r_[0:23, 28:64]]]
+    generate = columns_of_each_tile([[slice(0, 50), slice(50, 64)], [slice(14, 64)], *below])
+    result = segment_tiles(generate, np.zeros((100, 100, 3), np.uint8), 64, 28)
     whole = [decode_rle(mask) for mask in result["masks"]]
+    assert result["tiles"].tolist() == [3, 3]
     assert all(not (mask[0, 0] and mask[0, 60]) for mask in whole)
 
 
-@pytest.mark.parametrize("count", [2, 6])
-def test_memory_holds_strips_alone(count: int, monkeypatch) -> None:
-    """What stays of a row of tiles does not grow with the tiles' area."""
-    kept = []
-    part = tiles._Tile.part
-    monkeypatch.setattr(tiles._Tile, "part", lambda self, **k: kept.append(part(self, **k)) or kept[-1])
-    image, _ = scene(300, 128 * count, objects=10)
-    segment_tiles(flat_regions, image, tile=128, overlap=16)
-    assert kept and all(mask.size <= 128 * 64 and mask.base is None for tile in kept for mask in tile.masks)
+def check_whole(generator, image: np.ndarray, masks: list[np.ndarray], overlap: int = 16) -> None:
+    """Tiles of 128 pixels find exactly these masks."""
+    result = segment_tiles(generator, image, tile=128, overlap=overlap)
+    found = [decode_rle(mask) for mask in result["masks"]]
+    assert result["areas"].tolist() == [mask.sum() for mask in found]
+    assert sorted(mask.sum() for mask in found) == sorted(mask.sum() for mask in masks)
+    for mask in masks:
+        assert sum(np.array_equal(mask, other) for other in found) == 1
+
+
+def letter_u(height: int, width: int, left: int, right: int) -> np.ndarray:
+    """A picture of a U with legs of two widths."""
+    mask = np.zeros((height, width), bool)
+    mask[10:-10, 10 : 10 + left] = mask[10:-10, -10 - right : -10] = mask[-25:-10, 10:-10] = True
+    return mask
+
+
+@pytest.mark.parametrize("turns", range(4))
+@pytest.mark.parametrize(
+    ("size", "legs"), [((200, 100), (15, 15)), ((240, 120), (40, 5)), ((470, 128), (9, 9)), ((330, 330), (20, 30))]
+)
+def test_a_letter_u_over_seams_comes_out_whole(size: tuple[int, int], legs: tuple[int, int], turns: int) -> None:
+    mask = np.rot90(letter_u(*size, *legs), turns)
+    check_whole(flat_regions, mask[..., None].repeat(3, 2).astype(np.uint8), [mask])
+
+
+@pytest.mark.parametrize("size", [(200, 200), (120, 300), (300, 300), (280, 460)])
+@pytest.mark.parametrize("shift", [(0, 0), (17, -23)])
+def test_rings_over_seams_come_out_whole(size: tuple[int, int], shift: tuple[int, int]) -> None:
+    rows, columns = np.mgrid[: size[0], : size[1]]
+    distance = np.hypot((rows - size[0] / 2 - shift[0]) / size[0], (columns - size[1] / 2 - shift[1]) / size[1])
+    masks = [(distance > inner) & (distance < outer) for inner, outer in ((0.3, 0.38), (0.2, 0.27))]
+    image = (masks[0] * 3 + masks[1] * 5)[..., None].repeat(3, 2).astype(np.uint8)
+    check_whole(flat_regions, image, masks)
+
+
+def test_a_whole_and_its_parts_stay_apart_over_seams() -> None:
+    """Discs, and beside each as a whole its halves: the halves fill the whole in every strip."""
+    image, wholes = scene(300, 420, objects=10)
+    columns = np.broadcast_to(np.arange(420), (300, 420))
+    halves = []
+    for mask in wholes:
+        left = mask & (columns < columns[mask].mean())
+        halves += [left, mask & ~left]
+        image[left, 1], image[mask & ~left, 1] = 2 * len(halves) - 1, 2 * len(halves)
+
+    def generate(image: np.ndarray, **options: Any) -> dict[str, Any]:
+        masks = [m for channel in (0, 1) for m in flat_regions(image[..., channel:])["masks"]]
+        return {"masks": masks, "scores": torch.linspace(0.9, 0.5, len(masks))}
+
+    check_whole(generate, image, [*wholes, *halves], overlap=32)
+
+
+def test_halves_that_both_tiles_found_do_not_fill_a_whole() -> None:
+    left, right = [slice(30, 64), slice(30, 50), slice(50, 64)], [slice(0, 14), slice(14, 40)]
+    result = segment_tiles(columns_of_each_tile([left, right]), np.zeros((64, 100, 3), np.uint8), 64, 28)
+    assert sorted(box[::2] for box in result["boxes"].tolist()) == [[30, 49], [30, 63], [50, 75]]
+    assert sorted(result["tiles"].tolist()) == [1, 2, 2]
+
+
+def test_pieces_that_overlap_are_not_one_object() -> None:
+    left, right = [slice(30, 64)], [slice(2, 14), slice(8, 40)]
+    result = segment_tiles(columns_of_each_tile([left, right]), np.zeros((64, 100, 3), np.uint8), 64, 28)
+    assert sorted(box[::2] for box in result["boxes"].tolist()) == [[30, 75], [38, 49]]
+
+
+def test_masks_on_half_of_another_are_not_its_pieces() -> None:
+    left, right = [slice(30, 64)], [slice(2, 8), slice(20, 40)]
+    result = segment_tiles(columns_of_each_tile([left, right]), np.zeros((64, 100, 3), np.uint8), 64, 28)
+    assert sorted(box[::2] for box in result["boxes"].tolist()) == [[30, 63], [38, 43], [56, 75]]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "expected"),
+    [
+        (slice(60, 64), slice(19, 54), [[55, 89]]),  # 4 of the 9 columns in the strip
+        (slice(20, 43), slice(0, 2), [[20, 42]]),  # cut by the edge of the right tile
+        (slice(58, 62), slice(19, 54), [[55, 89], [58, 61]]),  # not cut: an object on another
+        (slice(40, 64), slice(19, 54), [[40, 63], [55, 89]]),  # cut, but most of it lies beside the other
+        (slice(61, 64), slice(20, 28), [[56, 63], [61, 63]]),  # the other ends at the same edge
+    ],
+)
+def test_what_an_edge_cut_off_is_dropped(left: slice, right: slice, expected: list[list[int]]) -> None:
+    """Tiles of 64 begin at 0 and 36; boxes are columns of the whole image."""
+    result = segment_tiles(columns_of_each_tile([[left], [right]]), np.zeros((64, 100, 3), np.uint8), 64, 28)
+    assert sorted(box[::2] for box in result["boxes"].tolist()) == expected
+
+
+def test_pixels_of_a_tile_do_not_outlive_it() -> None:
+    """Between tiles there are run lengths alone."""
+    alive: list[weakref.ref] = []
+
+    def generate(image: np.ndarray, **options: Any) -> dict[str, Any]:
+        assert all(reference() is None for reference in alive)
+        found = flat_regions(image, **options)
+        alive.extend(weakref.ref(mask) for mask in found["masks"])
+        return found
+
+    segment_tiles(generate, scene(300, 420, objects=10)[0], tile=128, overlap=16)
+    assert len(alive) > 10
 
 
 @pytest.mark.parametrize("swapped", [False, True])
@@ -143,6 +236,63 @@ def test_slices_are_all_that_is_read(tmp_path) -> None:
     stored = np.memmap(tmp_path / "image.raw", np.uint8, "w+", shape=image.shape)
     stored[:] = image
     assert segment_tiles(flat_regions, stored, 128)["masks"] == segment_tiles(flat_regions, image, 128)["masks"]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_pictures_are_read_as_rgb(mode: str) -> None:
+    picture = Image.fromarray(scene(300, 420, objects=9)[0][..., 0]).convert("RGB").convert(mode)
+    expected = segment_tiles(flat_regions, np.asarray(picture.convert("RGB")), 128)
+    assert segment_tiles(flat_regions, picture, 128)["masks"] == expected["masks"] != []
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_refused(mode: str) -> None:
+    with pytest.raises(ValueError, match=f"image has mode {mode}, expected 8 bits a channel"):
+        segment_tiles(flat_regions, Image.new(mode, (20, 10)))
+
+
+def test_what_is_no_image_is_refused() -> None:
+    with pytest.raises(TypeError, match="image is a str, expected a PIL image or an array"):
+        segment_tiles(flat_regions, "scan.tif")
+
+
+@pytest.mark.parametrize("sort_by", ["score", "area"])
+def test_sorting_is_of_the_result_alone(sort_by: str) -> None:
+    """The left tile's second mask has the higher score, and so the right one as its partner."""
+
+    def generate(image: np.ndarray, **options: Any) -> dict[str, Any]:
+        assert "sort_by" not in options
+        left = [slice(0, 39), slice(0, 34)], [0.5, 0.9]
+        right = [slice(0, 36), slice(40, 64)], [0.6, 0.95]
+        rows, scores = left if image[0, 0, 0] else right
+        masks = [np.zeros(image.shape[:2], bool) for _ in rows]
+        for mask, place in zip(masks, rows):
+            mask[place] = True
+        return {"masks": masks, "scores": torch.tensor(scores)}
+
+    image = np.zeros((64, 100, 3), np.uint8)
+    image[:, :30] = 1
+    result = segment_tiles(generate, image, 64, 28, sort_by=sort_by)
+    joined, alone, right = [0, 0, 99, 35], [0, 0, 63, 38], [36, 40, 99, 63]
+    assert result["boxes"].tolist() == ([right, joined, alone] if sort_by == "score" else [joined, alone, right])
+    assert result[{"score": "scores", "area": "areas"}[sort_by]].diff().le(0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"sort_by": "size"}, ValueError, "sort_by must be one of score, area, got 'size'"),
+        ({"output_type": "rle"}, TypeError, "output_type .'rle'. is no option of tiles.*COCO.*label_image"),
+        ({"output_rle_mask": True}, TypeError, "output_rle_mask .True. is no option of tiles"),
+        ({"output_bboxes_mask": True}, TypeError, "output_bboxes_mask .True. is no option of tiles"),
+    ],
+)
+def test_options_that_tiles_choose(options: dict[str, Any], error: type[Exception], words: str) -> None:
+    def generate(image: np.ndarray, **options: Any) -> dict[str, Any]:
+        raise AssertionError("refused before any work")
+
+    with pytest.raises(error, match=words):
+        segment_tiles(generate, np.zeros((64, 64, 3), np.uint8), 64, **options)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 """The loop on a module of a few numbers: schedule, resume, interruption, logging, errors."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,15 +10,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from test_segmentation_training import tiny_model
+from test_segmentation_training import example_batch, tiny_model
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from efficientsam_hf import EfficientSamModel
+from efficientsam_hf.data.numbered_batches import numbered_batches
 from efficientsam_hf.training.arguments import (
     RECIPES,
     TrainerArguments,
@@ -37,6 +40,7 @@ from efficientsam_hf.training.schedule import (
     run_progress,
     stage_at,
 )
+from efficientsam_hf.training.segmentation import InteractiveSegmentation, PromptSampling
 from efficientsam_hf.training.trainer import Trainer
 
 
@@ -203,6 +207,41 @@ def test_accumulation_equals_a_larger_batch(tmp_path) -> None:
     assert log(tmp_path / "large", "end")[0]["images"] == log(tmp_path / "parts", "end")[0]["images"] == 48
 
 
+def uneven_batches(count: int):
+    """Batches of four images with one to three real objects each, cut into `count` pieces."""
+
+    def source(start: int, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
+        for number in range(start, 10**9):
+            batch, piece = divmod(number, count)
+            halves = [example_batch(), example_batch()]
+            whole = {name: torch.cat([half[name] for half in halves]) for name in ("pixel_values", "masks")}
+            whole["object_mask"] = torch.tensor([[1, 0, 0], [1, 0, 0], [1, 1, 1], [1, 1, 0]], dtype=torch.bool)
+            whole["masks"] = whole["masks"] & whole["object_mask"][..., None, None]
+            whole["pixel_values"] = whole["pixel_values"].roll(batch, -1)
+            yield {name: value.chunk(count)[piece] for name, value in whole.items()} | {"seed": torch.tensor(0)}
+
+    return source
+
+
+def test_every_object_counts_alike_in_whichever_batch_it_comes(tmp_path) -> None:
+    """Accumulation over batches of few and of many objects equals the batch of all of them."""
+    boxes = PromptSampling(uniform=0, center=0, box=1, box_and_point=0, box_noise=0, rounds=1)  # no chance in them
+    for name, count in (("whole", 1), ("parts", 2)):
+        module = InteractiveSegmentation(tiny_model(), sampling=boxes)
+        settings = {"image_sizes": "64", "max_steps": 1, "batch_size": 4 // count, "gradient_accumulation": count}
+        Trainer(module, uneven_batches(count), make_arguments(tmp_path / name, **settings, max_grad_norm=0)).train()
+    whole, parts = (first_gradients(tmp_path / name) for name in ("whole", "parts"))
+    assert len(whole) > 50
+    for one, other in zip(whole, parts, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-3)
+
+
+def first_gradients(run: Path) -> list[torch.Tensor]:
+    """Gradients of a run's first step, a tenth of each, as AdamW remembers them."""
+    states = torch.load(run / "checkpoints/step_1/optimizer.bin")["state"].values()
+    return [state["exp_avg"] for state in states]
+
+
 TWO_PROCESSES = """
 import os, sys
 from pathlib import Path
@@ -361,6 +400,84 @@ def test_evaluation_sees_averaged_weights_and_keeps_the_best(tmp_path) -> None:
     assert len(raw["param_groups"]) == 2
 
 
+def test_the_model_of_the_best_evaluation_is_kept(tmp_path) -> None:
+    values, seen = iter([0.1, 0.9, 0.3, 0.2]), []
+
+    def evaluate(module):
+        seen.append(module.linear.weight.clone())
+        return {"miou": next(values)}
+
+    train(tmp_path / "run", evaluate, evaluate_every=5)
+    assert torch.equal(weights(tmp_path / "run" / "best_model")["linear.weight"], seen[1])
+    assert not torch.equal(seen[1], seen[3])
+
+
+def test_a_last_evaluation_that_fails_costs_nothing(tmp_path) -> None:
+    def evaluate(module):
+        raise ValueError("7.png is not a picture")
+
+    with pytest.raises(ValueError, match=r"7\.png"):
+        train(tmp_path / "run", evaluate, checkpoint_every=None)
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_20"]
+    summary = train(tmp_path / "run", lambda module: {"miou": 0.5}, checkpoint_every=None, resume=True)
+    assert summary["best"] == {"step": 20, "metric": "miou", "value": 0.5}
+    state = json.loads((tmp_path / "run/checkpoints/step_20/trainer_state.json").read_text())
+    assert state["best"] == summary["best"]
+
+
+def test_a_signal_while_the_run_ends_does_not_cut_it_short(tmp_path) -> None:
+    def evaluate(module):
+        signal.raise_signal(signal.SIGTERM)
+        return {"miou": 0.5}
+
+    summary = train(tmp_path / "run", evaluate)
+    assert summary["interrupted"] is None and summary["best"]["step"] == 20
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_resume_writes_the_model_that_a_full_disk_prevented(tmp_path) -> None:
+    class Full(Line):
+        def save_pretrained(self, folder):
+            if (Path(folder).parent / "checkpoints" / "step_20").exists():
+                raise OSError("No space left on device")
+            super().save_pretrained(folder)
+
+    torch.manual_seed(0)
+    with pytest.raises(OSError, match="step_20"):
+        Trainer(Full(), batches, make_arguments(tmp_path / "run")).train()
+    train(tmp_path / "whole")
+    expected = weights(tmp_path / "whole" / "model")["linear.weight"]
+    assert not torch.equal(weights(tmp_path / "run" / "model")["linear.weight"], expected)
+    train(tmp_path / "run", resume=True)
+    assert torch.equal(weights(tmp_path / "run" / "model")["linear.weight"], expected)
+
+
+def worker_batches(start: int, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of a worker process, which gets the signal that this one gets at step 4, as batch systems send it."""
+    make = partial(one_batch, stage=stage)
+    for number, batch in enumerate(numbered_batches(make, start, workers=1), start):
+        if number == 4:
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(0.5)
+        yield batch
+
+
+def one_batch(number: int, stage: Stage) -> dict[str, torch.Tensor]:
+    return next(batches(number, stage))
+
+
+def test_a_signal_to_every_process_lets_the_step_end(tmp_path) -> None:
+    summary = train(tmp_path / "run", source=worker_batches)
+    assert summary["interrupted"] == "SIGTERM" and summary["steps"] == 5
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["step_5"]
+    train(tmp_path / "run", resume=True)
+    train(tmp_path / "whole")
+    one, two = (weights(tmp_path / name / "model")["linear.weight"] for name in ("run", "whole"))
+    assert torch.equal(one, two)
+
+
 def test_missing_best_metric_is_named(tmp_path) -> None:
     with pytest.raises(ValueError, match="best_metric 'miou' is none of box"):
         train(tmp_path / "run", lambda module: {"box": 1.0}, evaluate_every=2)
@@ -424,12 +541,12 @@ def test_run_folders_are_not_overwritten(tmp_path) -> None:
 
 def test_a_full_disk_is_seen_before_the_run(tmp_path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
-    # 10 weights: four checkpoints of 4 numbers each, of 4 bytes, and the model twice
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10 * 4 * 4 * 4 + 10 * 4 * 2 - 1))
+    # 10 weights: four checkpoints of 4 numbers each, of 4 bytes, and the model three times
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10 * 4 * 4 * 4 + 10 * 4 * 3 - 1))
     with pytest.raises(OSError, match="output_dir: the run needs .* for its checkpoints"):
         train(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10 * 4 * 4 * 4 + 10 * 4 * 2))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=10 * 4 * 4 * 4 + 10 * 4 * 3))
     train(tmp_path / "run")
 
 
@@ -598,6 +715,15 @@ def test_recipe_values_are_read_as_their_fields_type() -> None:
     recipe = {"output_dir": "x", "max_steps": 1e3, "train_scenes": True, "learning_rate": "4e-4", "image_sizes": 256}
     arguments = build_arguments(FinetuneArguments, recipe, {})
     assert (arguments.max_steps, arguments.learning_rate, arguments.image_sizes) == (1000, 4e-4, "256")
+
+
+def test_a_batch_size_that_would_be_ignored_is_refused() -> None:
+    recipe = {"output_dir": "x", "max_steps": 1, "train_scenes": True, "image_sizes": "0:64x4,0.5:128x2"}
+    with pytest.raises(ValueError, match="batch_size 2 has no effect beside image_sizes '0:64x4,0.5:128x2'"):
+        build_arguments(FinetuneArguments, recipe, {"batch_size": 2})
+    assert (
+        build_arguments(FinetuneArguments, recipe, {"batch_size": 2, "image_sizes": "64"}).stages()[0].batch_size == 2
+    )
 
 
 def test_unknown_recipe_lists_the_known(tmp_path) -> None:

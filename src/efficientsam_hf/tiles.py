@@ -3,12 +3,16 @@
 
 Tiles overlap. What two neighbouring tiles found of the same object is alike in the strip that both have seen: such
 masks become one, the most alike first. An object and its part can be the same there; then it counts whether they go
-on beyond the strip. Besides the image, memory holds the masks of one tile, the strips along the seams of a row of
-tiles, and run lengths.
+on beyond the strip. An object that is whole in one tile can be in pieces in the next, like the legs of a U: masks that
+are disjoint and fill a mask of the neighbour become one with it. What is left and was cut off by the edge of its tile,
+where a mask of the neighbour holds it and goes on, is no object and is dropped.
+
+Besides the image and what the generator needs for a tile, memory holds the masks as run lengths, and nothing that
+grows with the area of a row of tiles.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +21,18 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .models.image_processing_efficientsam import check_picture
+from .models.mask_generation_efficientsam import SORTS
 from .models.rle_efficientsam import compress_counts, rle_counts, runs_to_counts, window_to_runs
 
 
 SMALLEST_TILE = 64
 SAME_OBJECT = 0.5  # IoU in the shared strip above which two masks can be of one object
-AS_ALIKE = 0.1  # pairs whose IoU differs by less are told apart by what lies beyond the strip
-STRIP_ROWS = 64  # of the shared strip that are compared at once
+AS_ALIKE = 0.1  # matches whose IoU differs by less are told apart by what lies beyond the strip
+INSIDE = 0.8  # part of a mask that lies in another from which on it counts as inside
+DISJOINT = 0.1  # part of the smaller of two masks that they may share and still be two pieces
+STRIP_PIXELS = 2**16  # of the shared strip that are compared at once
+OWN_OPTIONS = ("output_type", "output_rle_mask", "output_bboxes_mask")  # of the generator, which tiles choose
 
 
 def segment_tiles(
@@ -32,55 +41,52 @@ def segment_tiles(
     tile: int = 1024,
     overlap: int | None = None,
     progress: bool = False,
+    sort_by: str = "score",
     **options: Any,
 ) -> dict[str, Any]:
     """Masks of everything in a large image.
 
     Args:
         generator: an `EfficientSamMaskGenerator`, or what is called and answers like one.
-        image: (H, W, 3) uint8; a PIL image, an array, or anything with a shape whose slices are arrays (a memory map,
-            zarr, tiff).
+        image: (H, W, 3) uint8; a PIL image of 8 bits a channel, an array, or anything with a shape whose slices are
+            arrays (a memory map, zarr, tiff).
         tile: side of the tiles in pixels.
         overlap: pixels that neighbouring tiles share at least; an eighth of the tile when left out. Objects that cross
             a seam are joined by what lies in it.
         progress: whether to show a bar.
+        sort_by: "score" or "area" of the whole masks, the highest first.
         options: for the generator.
 
     Returns:
-        `masks`, compressed COCO run lengths of the whole image, largest score first, with `scores` (K) float32 (the
-        mean over the parts by their area), `boxes` (K, 4) int64 of first and last pixels, `areas` (K) int64 in pixels,
-        and `tiles` (K) int64, from how many tiles each was joined.
+        `masks`, compressed COCO run lengths of the whole image in the order of `sort_by`, with `scores` (K) float32
+        (the mean over the parts by their area), `boxes` (K, 4) int64 of first and last pixels, `areas` (K) int64 in
+        pixels, and `tiles` (K) int64, from how many tiles each was joined.
 
     Raises:
-        ValueError: if the image is not (H, W, 3), or tile and overlap do not fit each other.
+        ValueError: if the image is not (H, W, 3) or has more than 8 bits a channel, tile and overlap do not fit each
+            other, or sort_by is something else.
+        TypeError: if the image is something else, or options choose another form of output.
     """
     overlap = tile // 8 if overlap is None else overlap
     check_tiles(tile, overlap)
-    if isinstance(image, Image.Image):  # without a copy where it is RGB already
-        image = np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ValueError(f"image has shape {tuple(image.shape)}, expected (H, W, 3)")
-    size = (int(image.shape[0]), int(image.shape[1]))
-    options = {**options, "output_type": "bool", "output_rle_mask": False, "output_bboxes_mask": False}
+    _check_options(sort_by, options)
+    size = _image_size(image)
     tops, lefts = tile_starts(size[0], tile, overlap), tile_starts(size[1], tile, overlap)
+    options = {**options, "output_type": "bool", "output_rle_mask": False, "output_bboxes_mask": False}
     parts = _Parts(size)
     with tqdm(total=len(tops) * len(lefts), disable=not progress, unit="tile") as bar:
         above: list[_Tile | None] = [None] * len(lefts)
-        for row, top in enumerate(tops):
+        for top in tops:
             before: _Tile | None = None
             for column, left in enumerate(lefts):
-                pixels = np.ascontiguousarray(image[top : top + tile, left : left + tile])
-                found = generator(pixels, **options)
-                numbers, areas = parts.add(found, left, top), np.array([np.count_nonzero(m) for m in found["masks"]])
-                current = _Tile(left, top, pixels.shape[1], pixels.shape[0], found["masks"], numbers, areas)
+                box = (left, top, min(left + tile, size[1]), min(top + tile, size[0]))
+                current = parts.add(generator(_pixels_of(image, box), **options), box)
                 for other in (before, above[column]):
                     if other is not None:
-                        parts.join(current.partners(other))
-                # Of a tile only what the next ones see stays.
-                before = current.part(from_x=lefts[column + 1]) if column + 1 < len(lefts) else None
-                above[column] = current.part(from_y=tops[row + 1]) if row + 1 < len(tops) else None
+                        parts.meet(current, other)
+                before = above[column] = current
                 bar.update()
-    return parts.result()
+    return parts.result(sort_by)
 
 
 def check_tiles(tile: int, overlap: int) -> None:
@@ -104,10 +110,300 @@ def label_image(masks: list[dict[str, Any]], size: tuple[int, int]) -> np.ndarra
     labels = np.zeros((size[1], size[0]), np.int32)  # run lengths go down the columns
     flat = labels.reshape(-1)
     runs = [_runs(mask) for mask in masks]
-    for index in sorted(range(len(masks)), key=lambda i: -int((runs[i][:, 1] - runs[i][:, 0]).sum())):
+    for index in sorted(range(len(masks)), key=lambda i: -_area(runs[i])):
         for start, end in runs[index]:
             flat[start:end] = index + 1
     return labels.T
+
+
+def _check_options(sort_by: str, options: dict[str, Any]) -> None:
+    if sort_by not in SORTS:
+        raise ValueError(f"sort_by must be one of {', '.join(SORTS)}, got {sort_by!r}")
+    for name in OWN_OPTIONS:
+        if name in options:
+            raise TypeError(
+                f"{name} ({options[name]!r}) is no option of tiles: their masks are always compressed COCO run "
+                "lengths, of which label_image makes a label image"
+            )
+
+
+def _image_size(image: Any) -> tuple[int, int]:
+    """Height and width; ValueError or TypeError for what `segment_tiles` does not take."""
+    if isinstance(image, Image.Image):
+        check_picture(image, "image")
+        return image.height, image.width
+    if not hasattr(image, "shape"):
+        raise TypeError(f"image is a {type(image).__name__}, expected a PIL image or an array (H, W, 3)")
+    if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ValueError(f"image has shape {tuple(image.shape)}, expected (H, W, 3)")
+    return int(image.shape[0]), int(image.shape[1])
+
+
+def _pixels_of(image: Any, box: tuple[int, int, int, int]) -> np.ndarray:
+    """A tile (x0, y0, x1, y1) of the image as an array of its own: -> (h, w, 3)."""
+    if isinstance(image, Image.Image):  # as an array it would be in memory twice
+        return np.array(image.crop(box).convert("RGB"))
+    return np.ascontiguousarray(image[box[1] : box[3], box[0] : box[2]])
+
+
+@dataclass
+class _Tile:
+    """A tile's box (x0, y0, x1, y1), ends exclusive, and the numbers (K) of its masks among all, the best first."""
+
+    box: tuple[int, int, int, int]
+    numbers: np.ndarray
+
+
+@dataclass
+class _Strip:
+    """What two tiles found where they overlap, masks without pixels there left out.
+
+    `own` (K) and `others` (L) are numbers of masks, the best first; `own_pixels` (K) and `other_pixels` (L) what each
+    has in the strip, `shared` (K, L) what two have in common; `own_beyond` (K) and `others_beyond` (L) say whether a
+    mask goes on outside the strip.
+    """
+
+    own: np.ndarray
+    others: np.ndarray
+    own_pixels: np.ndarray
+    other_pixels: np.ndarray
+    shared: np.ndarray
+    own_beyond: np.ndarray
+    others_beyond: np.ndarray
+
+    def turned(self) -> "_Strip":
+        """The same with the tiles exchanged."""
+        return _Strip(
+            self.others,
+            self.own,
+            self.other_pixels,
+            self.own_pixels,
+            self.shared.T,
+            self.others_beyond,
+            self.own_beyond,
+        )
+
+    def of(self, rows: np.ndarray, columns: np.ndarray) -> "_Strip":
+        """The same of some of the masks, (K) and (L) bool."""
+        return _Strip(
+            self.own[rows],
+            self.others[columns],
+            self.own_pixels[rows],
+            self.other_pixels[columns],
+            self.shared[rows][:, columns],
+            self.own_beyond[rows],
+            self.others_beyond[columns],
+        )
+
+    def matches(self, disjoint: Callable[[int, int], bool]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Numbers of masks of both tiles that are of one object: each mask is in one match, the most alike first.
+
+        Among those as alike in the strip, a mask and all its pieces come before a mask and one; then matches where
+        both sides go on beyond the strip, or both end in it; then those of higher score.
+        """
+        candidates = [*self._pairs(), *self._pieces(disjoint)]
+        candidates += [(rows, columns) for columns, rows in self.turned()._pieces(disjoint)]
+        taken: tuple[set[int], set[int]] = set(), set()
+        found = []
+        for rows, columns in sorted(candidates, key=lambda match: self._rank(*match)):
+            if taken[0].isdisjoint(rows) and taken[1].isdisjoint(columns):
+                taken[0].update(rows)
+                taken[1].update(columns)
+                found.append((self.own[rows], self.others[columns]))
+        return found
+
+    def _ious(self) -> np.ndarray:
+        return self.shared / (self.own_pixels[:, None] + self.other_pixels - self.shared)
+
+    def _pairs(self) -> Iterator[tuple[list[int], list[int]]]:
+        """Rows and columns of single masks that are alike."""
+        for row, column in np.argwhere(self._ious() > SAME_OBJECT).tolist():
+            yield [row], [column]
+
+    def _pieces(self, disjoint: Callable[[int, int], bool]) -> Iterator[tuple[list[int], list[int]]]:
+        """Row of a mask and columns of several that fill it; a column that is rather another mask is none of them."""
+        ious, inside = self._ious(), self.shared >= INSIDE * self.other_pixels
+        same = inside & (self.shared >= INSIDE * self.own_pixels[:, None])
+        best = np.where(same, ious, 0).max(0, initial=0)
+        for row, fits in enumerate(inside & (ious > best - AS_ALIKE)):
+            columns: list[int] = []
+            for column in sorted(np.flatnonzero(fits).tolist(), key=lambda c: -self.other_pixels[c]):
+                if all(disjoint(self.others[column], self.others[piece]) for piece in columns):
+                    columns.append(column)
+            if len(columns) > 1 and self.shared[row, columns].sum() >= INSIDE * self.own_pixels[row]:
+                yield [row], columns
+
+    def _rank(self, rows: list[int], columns: list[int]) -> tuple[int, bool, bool, int]:
+        """Where a match comes, the lowest first."""
+        shared = self.shared[np.ix_(rows, columns)].sum()
+        iou = shared / (self.own_pixels[rows].sum() + self.other_pixels[columns].sum() - shared)
+        beyond = self.own_beyond[rows].any() == self.others_beyond[columns].any()
+        single = len(rows) == len(columns) == 1
+        return max(0, math.floor((1 - iou) / AS_ALIKE)), single, not beyond, min(rows) + min(columns)
+
+    def held(self, areas: np.ndarray) -> np.ndarray:
+        """Numbers of masks of the first tile that a larger one of the second holds and goes on from.
+
+        `areas` are those of all masks by number.
+        """
+        own, others = areas[self.own][:, None], areas[self.others]
+        return self.own[((self.shared >= INSIDE * own) & self.others_beyond & (others > own)).any(1)]
+
+
+class _Parts:
+    """Masks of all tiles as runs of the whole image, and which of them belong together.
+
+    By number of a mask: `runs` (R, 2) int64 first pixel and end of each run, none over the foot of a column, `scores`,
+    `boxes` (x0, y0, x1, y1) with exclusive ends, `areas`, and `parents`, which lead to the one that stands for the
+    object. By that one's number `tiles` has the object's masks in each tile.
+    """
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = size
+        self.runs: list[np.ndarray] = []
+        self.scores: list[float] = []
+        self.boxes: list[tuple[int, int, int, int]] = []
+        self.areas: list[int] = []
+        self.parents: list[int] = []
+        self.tiles: list[dict[tuple[int, int, int, int], list[int]]] = []
+        self.pieces: list[tuple[np.ndarray, np.ndarray]] = []  # matches of one mask and several
+        self.held_in: dict[int, list[tuple[int, int, int, int]]] = {}  # of a mask that was cut: the tiles that go on
+
+    def add(self, found: dict[str, Any], box: tuple[int, int, int, int]) -> _Tile:
+        """Take the masks of a tile, (h, w) bool, empty ones left out."""
+        scores, first = np.array(found["scores"].tolist()), len(self.runs)
+        for index in np.argsort(-scores, kind="stable").tolist():
+            mask = found["masks"][index]
+            if mask.any():
+                self._add(mask, float(scores[index]), box)
+        return _Tile(box, np.arange(first, len(self.runs)))
+
+    def _add(self, mask: np.ndarray, score: float, tile: tuple[int, int, int, int]) -> None:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        x0, y0, x1, y1 = int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+        (left, top), number = tile[:2], len(self.runs)
+        runs = window_to_runs(mask[y0:y1, x0:x1], (left + x0, top + y0), self.size)
+        self.runs.append(_cut_at_columns(runs, self.size[0]))
+        self.scores.append(score)
+        self.boxes.append((left + x0, top + y0, left + x1, top + y1))
+        self.areas.append(_area(runs))
+        self.parents.append(number)
+        self.tiles.append({tile: [number]})
+
+    def meet(self, tile: _Tile, other: _Tile) -> None:
+        """Join what two neighbouring tiles have in common, and note what may be a fragment."""
+        strip = self._strip(tile, other)
+        for own, others in strip.matches(self._disjoint):
+            if len(own) == len(others) == 1:
+                self._join(int(own[0]), int(others[0]))
+            else:  # once the pairs of all tiles are known: a piece is then all that it is on its side of the seam
+                self.pieces.append((own, others))
+        for sides, first, second in ((strip, tile, other), (strip.turned(), other, tile)):
+            for number in sides.held(np.array(self.areas)).tolist():
+                if self._is_cut(number, first, second):
+                    self.held_in.setdefault(number, []).append(second.box)
+
+    def _is_cut(self, number: int, tile: _Tile, other: _Tile) -> bool:
+        """Whether a mask touches an edge of its tile that lies inside another."""
+        x0, y0, x1, y1 = self.boxes[number]
+        (left, top, right, bottom), (other_left, other_top, other_right, other_bottom) = tile.box, other.box
+        before = (x0 == left > other_left) or (y0 == top > other_top)
+        return before or (x1 == right < other_right) or (y1 == bottom < other_bottom)
+
+    def _strip(self, tile: _Tile, other: _Tile) -> _Strip:
+        """What the masks of two tiles have where those overlap."""
+        corner, end = np.maximum(tile.box[:2], other.box[:2]), np.minimum(tile.box[2:], other.box[2:])
+        own, others = (self._within(side.numbers, corner, end) for side in (tile, other))
+        shared, own_pixels, other_pixels = np.zeros((len(own), len(others))), np.zeros(len(own)), np.zeros(len(others))
+        rows, width = (int(corner[1]), int(end[1])), max(1, STRIP_PIXELS // int(end[1] - corner[1]))
+        for x in range(int(corner[0]), int(end[0]), width):
+            columns = (x, min(x + width, int(end[0])))
+            first, second = (self._pixels(numbers, columns, rows) for numbers in (own, others))
+            shared += (first @ second.T).numpy()
+            own_pixels += first.sum(1).numpy()
+            other_pixels += second.sum(1).numpy()
+        areas = np.array(self.areas)
+        beyond, others_beyond = areas[own] > own_pixels, areas[others] > other_pixels
+        strip = _Strip(own, others, own_pixels, other_pixels, shared, beyond, others_beyond)
+        return strip.of(own_pixels > 0, other_pixels > 0)
+
+    def _within(self, numbers: np.ndarray, corner: np.ndarray, end: np.ndarray) -> np.ndarray:
+        """Those masks whose boxes reach into a part of the image."""
+        boxes = np.array([self.boxes[number] for number in numbers]).reshape(-1, 4)
+        return numbers[((boxes[:, :2] < end) & (boxes[:, 2:] > corner)).all(1)]
+
+    def _pixels(self, numbers: np.ndarray, columns: tuple[int, int], rows: tuple[int, int]) -> torch.Tensor:
+        """What masks have in a part of the image: (K, pixels) float32."""
+        pixels = np.zeros((len(numbers), columns[1] - columns[0], rows[1] - rows[0]), np.float32)
+        for index, number in enumerate(numbers):
+            pixels[index] = _window(self.runs[number], self.size[0], columns, rows)
+        return torch.from_numpy(pixels).flatten(1)
+
+    def _disjoint(self, one: int, other: int) -> bool:
+        """Whether two masks share next to nothing."""
+        both = self.areas[one] + self.areas[other]
+        shared = both - _area(_union([self.runs[one], self.runs[other]]))
+        return shared <= DISJOINT * min(self.areas[one], self.areas[other])
+
+    def _join(self, one: int, other: int, pieces: bool = False) -> None:
+        """Make two masks one object, unless that would join masks of one tile, which its generator kept apart.
+
+        With `pieces` masks of one tile may join where they are disjoint.
+        """
+        first, second = self._root(one), self._root(other)
+        if first == second:
+            return
+        common = self.tiles[first].keys() & self.tiles[second].keys()
+        pairs = ((a, b) for tile in common for a in self.tiles[first][tile] for b in self.tiles[second][tile])
+        if common and not (pieces and all(self._disjoint(a, b) for a, b in pairs)):
+            return
+        self.parents[first] = second
+        for tile, numbers in self.tiles[first].items():
+            self.tiles[second].setdefault(tile, []).extend(numbers)
+
+    def _root(self, number: int) -> int:
+        while self.parents[number] != number:
+            self.parents[number] = number = self.parents[self.parents[number]]
+        return number
+
+    def result(self, sort_by: str) -> dict[str, Any]:
+        """What `segment_tiles` returns."""
+        for own, others in self.pieces:
+            for one in own.tolist():
+                for other in others.tolist():
+                    self._join(one, other, pieces=True)
+        objects = [self._object(members) for members in self._objects() if not all(map(self._is_fragment, members))]
+        objects.sort(key=lambda item: -item[sort_by])
+        pixels = self.size[0] * self.size[1]
+        return {
+            "masks": [compress_counts(runs_to_counts(item["runs"], pixels), self.size) for item in objects],
+            "scores": torch.tensor([item["score"] for item in objects], dtype=torch.float32),
+            "boxes": torch.tensor([item["box"] for item in objects]).long().reshape(-1, 4),
+            "areas": torch.tensor([item["area"] for item in objects]).long(),
+            "tiles": torch.tensor([item["tiles"] for item in objects]).long(),
+        }
+
+    def _objects(self) -> list[list[int]]:
+        """Numbers of the masks of each object."""
+        objects: dict[int, list[int]] = {}
+        for number in range(len(self.runs)):
+            objects.setdefault(self._root(number), []).append(number)
+        return list(objects.values())
+
+    def _is_fragment(self, number: int) -> bool:
+        """Whether a tile has a mask that goes on where this one was cut, and its object has none of that tile."""
+        return any(tile not in self.tiles[self._root(number)] for tile in self.held_in.get(number, []))
+
+    def _object(self, members: list[int]) -> dict[str, Any]:
+        runs, areas = _union([self.runs[n] for n in members]), [self.areas[n] for n in members]
+        boxes = np.array([self.boxes[n] for n in members])
+        return {
+            "runs": runs,
+            "area": _area(runs),
+            "score": sum(self.scores[n] * area for n, area in zip(members, areas)) / sum(areas),
+            "box": [*boxes[:, :2].min(0).tolist(), *(boxes[:, 2:].max(0) - 1).tolist()],
+            "tiles": len(self.tiles[self._root(members[0])]),
+        }
 
 
 def _runs(mask: dict[str, Any]) -> np.ndarray:
@@ -116,137 +412,36 @@ def _runs(mask: dict[str, Any]) -> np.ndarray:
     return edges[: len(edges) // 2 * 2].reshape(-1, 2)
 
 
-@dataclass
-class _Tile:
-    """A tile's place in the image, its masks (h, w) bool, and their numbers among all parts.
-
-    `areas` (K) are those of the whole masks, also where a tile is a part of another.
-    """
-
-    left: int
-    top: int
-    width: int
-    height: int
-    masks: list[np.ndarray]
-    numbers: list[int]
-    areas: np.ndarray
-
-    def part(self, from_x: int = 0, from_y: int = 0) -> "_Tile":
-        """A copy of what lies right of and below a place in the image."""
-        left, top = max(self.left, from_x), max(self.top, from_y)
-        masks = [mask[top - self.top :, left - self.left :].copy() for mask in self.masks]
-        size = (self.left + self.width - left, self.top + self.height - top)
-        return _Tile(left, top, *size, masks, self.numbers, self.areas)
-
-    def partners(self, other: "_Tile") -> list[tuple[int, int]]:
-        """Numbers of masks of both tiles that are of one object: each has at most one partner, the most alike first.
-
-        Among those as alike in the shared strip, masks that both go on beyond it belong together, and masks that both
-        end in it; then those of higher score.
-        """
-        if not self.masks or not other.masks:
-            return []
-        shared, own, others = self._overlaps(other)
-        ious = shared / np.maximum(own[:, None] + others - shared, 1)
-        beyond = (self.areas > own)[:, None] == (other.areas > others)
-        rows, columns = np.nonzero(ious > SAME_OBJECT)
-        steps = np.floor((1 - ious[rows, columns]) / AS_ALIKE)
-        order = np.lexsort((rows + columns, ~beyond[rows, columns], steps))
-        pairs: dict[int, int] = {}
-        for row, column in zip(rows[order].tolist(), columns[order].tolist()):
-            if row not in pairs and column not in pairs.values():
-                pairs[row] = column
-        return [(self.numbers[row], other.numbers[column]) for row, column in pairs.items()]
-
-    def _overlaps(self, other: "_Tile") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Pixels in the strip that both have seen: shared by each pair (K, L), and of each mask, (K) and (L)."""
-        x0, y0 = max(self.left, other.left), max(self.top, other.top)
-        x1 = min(self.left + self.width, other.left + other.width)
-        y1 = min(self.top + self.height, other.top + other.height)
-        sums = [np.zeros((len(self.masks), len(other.masks))), np.zeros(len(self.masks)), np.zeros(len(other.masks))]
-        for y in range(y0, y1, STRIP_ROWS):
-            own, others = (tile._strip(x0, y, x1, min(y + STRIP_ROWS, y1)) for tile in (self, other))
-            for total, value in zip(sums, (own @ others.T, own.sum(1), others.sum(1))):
-                total += value.numpy()
-        return tuple(sums)
-
-    def _strip(self, x0: int, y0: int, x1: int, y1: int) -> torch.Tensor:
-        """What the masks have in a part of the image: (K, pixels) float32."""
-        rows, columns = slice(y0 - self.top, y1 - self.top), slice(x0 - self.left, x1 - self.left)
-        return torch.from_numpy(np.stack([mask[rows, columns].reshape(-1) for mask in self.masks])).float()
+def _area(runs: np.ndarray) -> int:
+    return int((runs[:, 1] - runs[:, 0]).sum())
 
 
-class _Parts:
-    """Masks of all tiles as runs of the whole image, and which of them belong together."""
+def _cut_at_columns(runs: np.ndarray, height: int) -> np.ndarray:
+    """Runs (R, 2) of an image of a height, those that go on in the next column cut at the foot of each."""
+    first, last = runs[:, 0] // height, (runs[:, 1] - 1) // height
+    counts = last - first + 1
+    columns = np.arange(counts.sum()) + np.repeat(first - counts.cumsum() + counts, counts)
+    starts, ends = np.repeat(runs[:, 0], counts), np.repeat(runs[:, 1], counts)
+    return np.stack((np.maximum(starts, columns * height), np.minimum(ends, (columns + 1) * height)), 1)
 
-    def __init__(self, size: tuple[int, int]):
-        self.size = size
-        self.runs: list[np.ndarray] = []
-        self.scores: list[float] = []
-        self.parents: list[int] = []
-        self.tiles: list[set[tuple[int, int]]] = []  # of a group, at its root: the tiles it has a part in
 
-    def add(self, found: dict[str, Any], left: int, top: int) -> list[int]:
-        """Take the masks of a tile; returns their numbers."""
-        first = len(self.runs)
-        self.runs += [window_to_runs(mask, (left, top), self.size) for mask in found["masks"]]
-        self.scores += found["scores"].tolist()
-        self.parents += range(first, len(self.runs))
-        self.tiles += [{(left, top)} for _ in found["masks"]]
-        return list(range(first, len(self.runs)))
-
-    def join(self, pairs: list[tuple[int, int]]) -> None:
-        """Make each pair one object, unless that would join two masks of one tile, which its generator kept apart."""
-        for one, other in pairs:
-            first, second = self._root(one), self._root(other)
-            if first != second and self.tiles[first].isdisjoint(self.tiles[second]):
-                self.parents[first] = second
-                self.tiles[second] |= self.tiles[first]
-
-    def _root(self, number: int) -> int:
-        while self.parents[number] != number:
-            self.parents[number] = number = self.parents[self.parents[number]]
-        return number
-
-    def result(self) -> dict[str, Any]:
-        """What `segment_tiles` returns."""
-        groups: dict[int, list[int]] = {}
-        for number in range(len(self.runs)):
-            groups.setdefault(self._root(number), []).append(number)
-        objects = [
-            (self._score(members), _union([self.runs[n] for n in members]), len(members))
-            for members in groups.values()
-        ]
-        objects.sort(key=lambda item: -item[0])
-        pixels = self.size[0] * self.size[1]
-        return {
-            "masks": [compress_counts(runs_to_counts(runs, pixels), self.size) for _, runs, _ in objects],
-            "scores": torch.tensor([score for score, _, _ in objects], dtype=torch.float32),
-            "boxes": torch.tensor([_box(runs, self.size[0]) for _, runs, _ in objects]).long().reshape(-1, 4),
-            "areas": torch.tensor([int((runs[:, 1] - runs[:, 0]).sum()) for _, runs, _ in objects]).long(),
-            "tiles": torch.tensor([count for _, _, count in objects]).long(),
-        }
-
-    def _score(self, members: list[int]) -> float:
-        areas = [int((self.runs[n][:, 1] - self.runs[n][:, 0]).sum()) for n in members]
-        return sum(self.scores[n] * area for n, area in zip(members, areas)) / sum(areas)
+def _window(runs: np.ndarray, height: int, columns: tuple[int, int], rows: tuple[int, int]) -> np.ndarray:
+    """Part of a mask of runs that are cut at columns: -> (columns, rows) int8 of 0 and 1."""
+    first, last = np.searchsorted(runs[:, 0], (columns[0] * height, columns[1] * height))
+    column = runs[first:last, 0] // height
+    starts, ends = (runs[first:last] - (column * height + rows[0])[:, None]).clip(0, rows[1] - rows[0]).T
+    seen = starts < ends
+    steps = np.zeros((columns[1] - columns[0], rows[1] - rows[0] + 1), np.int8)
+    steps[column[seen] - columns[0], starts[seen]] += 1
+    steps[column[seen] - columns[0], ends[seen]] -= 1
+    return steps.cumsum(1, dtype=np.int8)[:, :-1]
 
 
 def _union(parts: list[np.ndarray]) -> np.ndarray:
     """Runs of what is in any of several masks: (R, 2) each -> (R, 2), in order, none touching the next."""
-    if len(parts) == 1:
-        return parts[0]
     runs = np.concatenate(parts)
     runs = runs[runs[:, 0].argsort(kind="stable")]
     ends = np.maximum.accumulate(runs[:, 1])
     first = np.concatenate(([True], runs[1:, 0] > ends[:-1]))
     last = np.concatenate((np.flatnonzero(first)[1:] - 1, [len(runs) - 1]))
     return np.stack((runs[first, 0], ends[last]), 1)
-
-
-def _box(runs: np.ndarray, height: int) -> list[int]:
-    """First and last column and row of a mask's runs."""
-    starts, ends = runs[:, 0], runs[:, 1] - 1
-    wraps = (starts // height != ends // height).any()  # from the foot of a column to the head of the next
-    rows = [0, height - 1] if wraps else [int((starts % height).min()), int((ends % height).max())]
-    return [int(starts[0] // height), rows[0], int(ends[-1] // height), rows[1]]

@@ -63,7 +63,7 @@ def draw_masks(
     width = line_width(image)
     for index, mask in enumerate(masks):
         color = object_color(index) if colors is None else colors[index]
-        _draw_mask(canvas, mask, color, opacity, width if contour else 0.0)
+        draw_mask(canvas, mask, color, opacity, width if contour else 0.0)
     return canvas
 
 
@@ -183,7 +183,7 @@ def _mask_stack(masks: Any, image: Image.Image) -> np.ndarray:
     return masks.astype(bool)
 
 
-def _draw_mask(canvas: Image.Image, mask: np.ndarray, color: Color, opacity: float, width: float) -> None:
+def draw_mask(canvas: Image.Image, mask: np.ndarray, color: Color, opacity: float, width: float) -> None:
     """Tint one mask and draw its contour, working only in the mask's surroundings."""
     if not mask.any():
         return

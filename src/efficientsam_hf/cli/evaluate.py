@@ -33,6 +33,7 @@ prompts:
 
 accelerate launch -m efficientsam_hf.cli evaluate ... shares the pictures among its processes."""
 PROTOCOLS = ("center", "uniform", "box")
+CLICKS = [1]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -54,12 +55,18 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--prompts", nargs="+", choices=PROTOCOLS, default=PROTOCOLS, metavar="P", help="center, uniform, box (all)"
     )
     parser.add_argument(
-        "--clicks", nargs="+", type=int, default=[1], metavar="N", help="score after so many clicks, such as 1 3 5 (1)"
+        "--clicks",
+        nargs="+",
+        type=int,
+        default=CLICKS,
+        metavar="N",
+        help="score after so many clicks, such as 1 3 5 (1)",
     )
     parser.add_argument(
         "--boxes",
         metavar="ground-truth|B.json",
-        help="measure mask AP of these boxes instead: the annotations' own, or a detector's as COCO results",
+        help="measure mask AP of these boxes instead: the annotations' own, or a detector's as COCO results; the COCO "
+        "API counts the 100 of the highest scores, of each category in a picture",
     )
     group = parser.add_argument_group("everything", "mask AP of all that a grid of points finds, categories ignored")
     group.add_argument("--everything", action="store_true", help="measure segment-everything instead")
@@ -154,6 +161,10 @@ def _check(args: argparse.Namespace) -> None:
     generator_options(args)
     if args.everything and (args.boxes or args.save_worst or not args.annotations):
         raise ValueError("--everything needs --annotations and --images, and no --boxes or --save-worst")
+    for option, given, default in (("--prompts", args.prompts, PROTOCOLS), ("--clicks", args.clicks, CLICKS)):
+        if (args.boxes or args.everything) and list(given) != list(default):
+            instead = "--boxes" if args.boxes else "--everything"
+            raise ValueError(f"{option} is for mIoU and changes nothing with {instead}: give one of them, got {given}")
 
 
 def _save_worst(folder: Path, count: int, scores: Any, model: Any, processor: Any, samples: Any) -> None:

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..files import check_writable, write_json, write_png
+from ..files import check_writable, write_file, write_json, write_png
 from ..models.rle_efficientsam import rle_pixels
-from ..visualization import draw_masks, object_color
+from ..visualization import draw_mask, line_width, object_color
 from .loading import load_model
 
 
 LARGEST_OVERLAY = 2048  # pixels of its longer side
+OPACITY = 0.45  # of the tint of a mask
 LARGEST_PICTURE = 2**30  # pixels in all
 # Option of the generator -> type and help; defaults are those of the checkpoint.
 OPTIONS = {
@@ -39,7 +40,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--tile", type=int, metavar="PIXELS", help="go through a large picture in tiles of this side, and join masks"
     )
     group.add_argument("--tile-overlap", type=int, metavar="PIXELS", help="pixels that tiles share (an eighth)")
-    group.add_argument("--label-image", action="store_true", help="write labels.png: a 16-bit number for each pixel")
+    group.add_argument(
+        "--label-image",
+        action="store_true",
+        help="write labels.png: a 16-bit number for each pixel (labels.tif with 32 bits for more than 65,535 masks)",
+    )
 
 
 def add_generator_options(group: argparse._ArgumentGroup) -> None:
@@ -110,14 +115,24 @@ def run(args: argparse.Namespace, image: Image.Image) -> int:
     write_png(
         folder / "overlay.png", _overlay(image, result["masks"], result["areas"].tolist(), result["boxes"].numpy())
     )
-    if args.label_image and len(records) >= 2**16:
-        raise ValueError(f"--label-image has room for {2**16 - 1} masks, but there are {len(records)} in masks.json")
+    written = [folder / "overlay.png", folder / "masks.json"]
     if args.label_image:
-        labels = label_image(result["masks"], (image.height, image.width))
-        write_png(folder / "labels.png", Image.fromarray(labels.astype(np.uint16)))
+        written.append(write_labels(folder, label_image(result["masks"], (image.height, image.width))))
     print(_summary(result, image))
-    print(f"wrote {folder / 'overlay.png'} and {folder / 'masks.json'}")
+    print(f"wrote {', '.join(map(str, written[:-1]))} and {written[-1]}")
     return 0
+
+
+def write_labels(folder: Path, labels: np.ndarray) -> Path:
+    """Write the numbers of pixels, (H, W) int32, as labels.png, or labels.tif where 16 bits are too few; -> which."""
+    for name in ("labels.png", "labels.tif"):
+        (folder / name).unlink(missing_ok=True)  # of an earlier call, which may have been the other one
+    if labels.max() < 2**16:
+        write_png(folder / "labels.png", Image.fromarray(labels.astype(np.uint16)))
+        return folder / "labels.png"
+    picture = Image.fromarray(labels.astype(np.int32))  # a PNG of Pillow has 16 bits at most
+    write_file(folder / "labels.tif", lambda path: picture.save(path, format="TIFF", compression="tiff_deflate"))
+    return folder / "labels.tif"
 
 
 def _records(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -140,6 +155,7 @@ def _overlay(image: Image.Image, masks: list[dict[str, Any]], areas: list[int], 
         scale = LARGEST_OVERLAY / largest
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         image = image.resize(size, Image.Resampling.BOX)
+    canvas = image.convert("RGB")  # once: draw_masks would copy the picture for every mask
     rows = ((np.arange(image.height) + 0.5) * height / image.height).astype(int)
     columns = ((np.arange(image.width) + 0.5) * width / image.width).astype(int)
     for index in sorted(range(len(masks)), key=lambda i: -areas[i]):
@@ -149,8 +165,8 @@ def _overlay(image: Image.Image, masks: list[dict[str, Any]], areas: list[int], 
             for places, box in ((columns, boxes[index, ::2]), (rows, boxes[index, 1::2]))
         )
         shown[top:bottom, left:right] = rle_pixels(masks[index], rows[top:bottom], columns[left:right])
-        image = draw_masks(image, shown[None], [object_color(index)])
-    return image
+        draw_mask(canvas, shown, object_color(index), OPACITY, line_width(canvas))
+    return canvas
 
 
 def _summary(result: dict[str, Any], image: Image.Image) -> str:

@@ -33,6 +33,8 @@ def run_training(args: argparse.Namespace, command: str, kind: type, train: Call
         f"{summary['steps']} steps, {summary['images']} images in {summary['minutes']:.1f} minutes "
         f"({summary['images_per_s']:.1f} images/s); model: {Path(arguments.output_dir) / 'model'}"
     )
+    if summary["skipped"]:
+        print(f"{summary['skipped']} samples could not be used; log.jsonl names them and says why")
     return 0 if summary["interrupted"] is None else STOPPED + signal.Signals[summary["interrupted"]]
 
 

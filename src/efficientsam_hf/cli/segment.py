@@ -37,6 +37,7 @@ written to OUT:
   masks.json          per object: prompts, score (predicted IoU), area in pixels, box [x0, y0, x1, y1] in pixels with
                       x1 and y1 exclusive (null for an empty mask), segmentation (COCO RLE), file names
   labels.png          with --everything and --label-image, the number of each pixel's mask in masks.json plus one
+                      (labels.tif where there are more than 65,535)
 --everything writes no picture per object, and the point of the grid in place of the prompts.
 
 examples:

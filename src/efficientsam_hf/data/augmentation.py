@@ -32,15 +32,16 @@ class Augmentation:
     def __call__(self, sample: dict[str, Any], generator: np.random.Generator, zoom: float = 1.0) -> dict[str, Any]:
         """{"image": RGB PIL image, "masks": (N, H, W) bool, ...} -> the same with both changed alike.
 
-        The scale drawn is multiplied by `zoom`. Masks that leave the picture become empty and stay in the list.
+        The scale drawn is multiplied by `zoom`. Masks that leave the picture become empty and stay in the list. Where
+        nothing is changed, masks stay what they are, `RleMasks` too, which are expanded otherwise.
         """
         flip, scale, x, y = generator.random(4)
         image, masks = sample["image"], sample["masks"]
         if flip < self.flip:
-            image, masks = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), masks[:, :, ::-1]
+            image, masks = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), np.asarray(masks)[:, :, ::-1]
         factor = zoom * self.min_scale * (self.max_scale / self.min_scale) ** scale
         if factor != 1:
-            image, masks = _view(image, masks, factor, x, y)
+            image, masks = _view(image, np.asarray(masks), factor, x, y)
         return {**sample, "image": image, "masks": masks}
 
 

@@ -17,10 +17,12 @@ class CocoSamples:
 
     Item i is {"image": RGB `PIL.Image`, "masks": (N, H, W) bool array, "image_id": the file's id}. Segmentations are
     compressed RLE, uncompressed RLE or polygons (these alone need pycocotools). Crowd annotations are left out unless
-    `skip_crowd` is False; so are pictures without annotations, and objects too small to cover a pixel.
+    `skip_crowd` is False; so are annotations that are boxes alone (their segmentation is []), pictures without any
+    other, and objects too small to cover a pixel.
 
-    Raises `FileNotFoundError` if the file or pictures are missing and `ValueError` if the file is not COCO instances,
-    both on construction; `ValueError` on access if a picture has another size than the file says.
+    Raises on construction `FileNotFoundError` if the file or pictures are missing, and `ValueError` if the file is not
+    COCO instances, has no object to use, or an RLE mask of another size than its picture's entry; on access
+    `ValueError` if a mask is damaged or a picture has another size than the file says.
     """
 
     def __init__(self, annotations: str | Path, image_folder: str | Path, skip_crowd: bool = True) -> None:
@@ -32,7 +34,7 @@ class CocoSamples:
             _import_pycocotools()
         self._images = [image for image in content["images"] if self._segmentations[image["id"]]]
         if not self._images:
-            raise ValueError(f"{self.annotations} holds no objects to use: {len(content['annotations'])} annotations")
+            raise ValueError(f"{self.annotations} holds no objects to use: {_describe_unused(content['annotations'])}")
         self._check_pictures(self._images)
 
     def __len__(self) -> int:
@@ -81,8 +83,9 @@ class CocoSamples:
             {**entry, "id": number}
             for number, entry in enumerate((e for e in kept if e["segmentation"] != [] and e["area"] > 0), 1)
         ]
+        used = {entry.get("category_id", 1) for entry in self._content["annotations"]}  # beyond the limit too
         categories = self._content.get("categories") or [
-            {"id": number, "name": str(number)} for number in sorted({entry["category_id"] for entry in annotations})
+            {"id": number, "name": str(number)} for number in sorted(used)
         ]
         left_out = [image["id"] for image in self._content["images"] if image["id"] not in by_id]
         return {"images": images, "annotations": annotations, "categories": categories, "left_out": left_out}
@@ -99,8 +102,7 @@ class CocoSamples:
         segmentation, size = annotation["segmentation"], (record["height"], record["width"])
         if segmentation == []:
             return fields | {"area": 0.0}
-        if isinstance(segmentation, dict):
-            self._check_size(segmentation, size, record)
+        self._check_size(segmentation, record)
         if "area" not in annotation or "bbox" not in annotation:
             mask = self._mask(segmentation, size, record)
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -112,16 +114,20 @@ class CocoSamples:
         return fields
 
     def _group_by_image(self, content: dict[str, Any], skip_crowd: bool) -> dict[Any, list[Any]]:
-        """Segmentations of each image id; `ValueError` at an annotation of an image that the file does not list."""
-        groups: dict[Any, list[Any]] = {image["id"]: [] for image in content["images"]}
+        """Segmentations to use of each image id; `ValueError` if the image is not listed or of another size."""
+        records = {image["id"]: image for image in content["images"]}
+        groups: dict[Any, list[Any]] = {number: [] for number in records}
         for annotation in content["annotations"]:
-            if annotation["image_id"] not in groups:
+            number, segmentation = annotation["image_id"], annotation["segmentation"]
+            if number not in groups:
                 raise ValueError(
                     f"{self.annotations}: annotation {annotation.get('id')} belongs to image"
-                    f" {annotation['image_id']!r}, which is not in 'images'"
+                    f" {number!r}, which is not in 'images'"
                 )
-            if not (skip_crowd and annotation.get("iscrowd", 0)):
-                groups[annotation["image_id"]].append(annotation["segmentation"])
+            if segmentation == [] or (skip_crowd and annotation.get("iscrowd", 0)):
+                continue
+            self._check_size(segmentation, records[number])
+            groups[number].append(segmentation)
         return groups
 
     def _check_pictures(self, images: list[dict[str, Any]]) -> None:
@@ -141,16 +147,26 @@ class CocoSamples:
         try:
             if isinstance(segmentation, list):
                 return rasterize_polygons(segmentation, size)
-            check_rle_size(segmentation, size)
             return decode_rle(segmentation)
         except ValueError as error:
             raise ValueError(f"{self.annotations.name}, picture {record['file_name']}: {error}") from error
 
-    def _check_size(self, rle: dict[str, Any], size: tuple[int, int], record: dict[str, Any]) -> None:
+    def _check_size(self, segmentation: Any, record: dict[str, Any]) -> None:
+        """`ValueError` that names file, picture and both sizes unless a mask that is no polygon fits its picture."""
+        if isinstance(segmentation, list):
+            return
         try:
-            check_rle_size(rle, size)
+            check_rle_size(segmentation, (record["height"], record["width"]))
         except ValueError as error:
             raise ValueError(f"{self.annotations.name}, picture {record['file_name']}: {error}") from error
+
+
+def _describe_unused(annotations: list[dict[str, Any]]) -> str:
+    """Why none of a file's annotations is an object to use, in words."""
+    count, boxes = len(annotations), sum(entry["segmentation"] == [] for entry in annotations)
+    if count and boxes == count:
+        return f"none of {count} annotations has a segmentation, and boxes alone cannot be trained on or measured"
+    return f"{count} annotations" + (f", {boxes} of them boxes without a segmentation" if boxes else "")
 
 
 def check_rle_size(rle: Any, size: tuple[int, int]) -> None:

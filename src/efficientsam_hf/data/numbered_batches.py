@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches in order, made ahead in other processes or between the steps of training."""
 
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
@@ -22,12 +24,22 @@ def ordered_batches(make: Callable[[Any], dict[str, Any]], items: Iterable[Any],
     Items come from this process. ValueError and OSError of `make` arrive as they are, not wrapped in a worker's
     traceback.
     """
-    ahead = {"num_workers": workers, "prefetch_factor": 2} if workers else {}
-    loader = DataLoader(_Made(make), sampler=_Items(items), batch_size=None, **ahead)
+    ahead = {"num_workers": workers, "prefetch_factor": 2, "worker_init_fn": _outlive_sigterm} if workers else {}
+    # With a generator of its own the loader leaves torch's alone, which a resumed run finds as it was.
+    loader = DataLoader(_Made(make), sampler=_Items(items), batch_size=None, generator=torch.Generator(), **ahead)
     for batch in loader:
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A batch system signals every process of a job; the main one needs its workers until it has saved.
+
+    Workers end with the loader, which tells them, or with the main process, which they watch.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class _Made(Dataset):

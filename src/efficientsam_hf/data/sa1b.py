@@ -7,11 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..models.image_processing_efficientsam import open_image
-from ..models.rle_efficientsam import decode_rle
-from .coco import check_rle_size
+from .rle_masks import RleMasks
 from .tars import stream_rows, tar_files
 
 
@@ -21,7 +18,8 @@ MOST_HALVES = 1000  # files of a tar that wait for the other one of their pictur
 class Sa1bFolder:
     """Pictures of an SA-1B folder and its subfolders, in the order of their paths; nothing is read before access.
 
-    Item i is {"image": RGB `PIL.Image`, "masks": (N, H, W) bool array, "image_id": the path below the folder}.
+    Item i is {"image": RGB `PIL.Image`, "masks": `RleMasks`, which stand for a (N, H, W) bool array and expand what is
+    asked of them, "image_id": the path below the folder}.
 
     Raises `FileNotFoundError` on construction if the folder is missing and `ValueError` if it holds no `.json`; on
     access `ValueError` or `OSError` if a picture or its annotations are missing or damaged.
@@ -88,9 +86,12 @@ def _half(path: str, stem: str, pair: dict[str, bytes]) -> dict[str, Any]:
 def make_sample(name: str, picture: bytes, annotations: bytes) -> dict[str, Any]:
     """The two files of a picture -> {"image", "masks", "image_id": name}; `ValueError` that names what is damaged."""
     image = open_image(io.BytesIO(picture), f"{name}.jpg")
-    size = (image.height, image.width)
-    masks = [_mask(annotation, size, name) for annotation in _read_annotations(annotations, name)]
-    return {"image": image, "masks": np.stack(masks) if masks else np.zeros((0, *size), bool), "image_id": name}
+    rles = [annotation.get("segmentation") for annotation in _read_annotations(annotations, name)]
+    try:
+        masks = RleMasks(rles, (image.height, image.width))
+    except ValueError as error:
+        raise ValueError(f"{name}.json: {error}") from error
+    return {"image": image, "masks": masks, "image_id": name}
 
 
 def _read_annotations(content: bytes, name: str) -> list[dict[str, Any]]:
@@ -102,13 +103,3 @@ def _read_annotations(content: bytes, name: str) -> list[dict[str, Any]]:
     if not isinstance(annotations, list) or not all(isinstance(entry, dict) for entry in annotations):
         raise ValueError(f"{name}.json is not an SA-1B file: it has no list 'annotations'")
     return annotations
-
-
-def _mask(annotation: dict[str, Any], size: tuple[int, int], name: str) -> np.ndarray:
-    """Expand one mask, -> (H, W) bool; `ValueError` that names the file if it does not fit the picture."""
-    try:
-        rle = annotation.get("segmentation")
-        check_rle_size(rle, size)
-        return decode_rle(rle)
-    except ValueError as error:
-        raise ValueError(f"{name}.json: {error}") from error

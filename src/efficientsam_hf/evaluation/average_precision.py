@@ -4,6 +4,7 @@
 import contextlib
 import io
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -39,12 +40,14 @@ def average_precision(
     `detections` are COCO results, {"image_id", "category_id", "bbox": [x, y, width, height], "score"} each; None takes
     the boxes of the annotations, all with score 1. Of the three masks of a box, "box_iou" takes the one with the
     highest IoU with the box itself (EfficientSAM paper, instance segmentation), "predicted_iou" the one with the
-    highest predicted IoU. With `limit` only the first pictures count, for both sides. In a distributed run the
-    processes share the pictures: all must call, and all get the whole result.
+    highest predicted IoU. As everywhere in the COCO API the 100 boxes of the highest scores count, of each category in
+    a picture (its maxDets), and those beyond add nothing: of more than 100 ground-truth boxes the others are missed.
+    With `limit` only the first pictures count, for both sides. In a distributed run the processes share the pictures:
+    all must call, and all get the whole result.
 
     Returns {"box_iou": {"AP", "AP50", "AP75", "APs", "APm", "APl"}, "predicted_iou": {...}}, from 0 to 1; -1 where
     there is no object of that size. Raises ImportError without pycocotools, and ValueError for detections of pictures
-    that the annotations do not have.
+    or categories that the annotations do not have.
     """
     try:
         import pycocotools.coco  # noqa: F401 - before the model runs
@@ -122,22 +125,45 @@ def read_detections(path: str | Path) -> list[dict[str, Any]]:
         if lacking:
             raise ValueError(f"{path}: entry {position} lacks {', '.join(lacking)}")
         box = entry["bbox"]
-        if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, (int, float)) for value in box):
-            raise ValueError(f"{path}: bbox of entry {position} must be [x, y, width, height], got {box!r}")
+        finite = isinstance(box, list) and all(isinstance(n, (int, float)) and math.isfinite(n) for n in box)
+        if not finite or len(box) != 4:
+            raise ValueError(f"{path}: bbox of entry {position} must be finite [x, y, width, height], got {box!r}")
     return content
 
 
 def _boxes_by_image(truth: dict[str, Any], detections: list[dict[str, Any]] | None) -> dict[Any, list[dict[str, Any]]]:
-    """Boxes to prompt with, by picture; boxes without an extent are left out, since they can match nothing."""
-    known = {record["id"] for record in truth["images"]} | set(truth["left_out"])
+    """Boxes to prompt with, by picture; those that cover nothing of it are left out, since they can match nothing."""
+    records = {record["id"]: record for record in truth["images"]}
+    if detections is not None:
+        _check_detections(truth, detections)
     source = [{**entry, "score": 1.0} for entry in truth["annotations"]] if detections is None else detections
     boxes: dict[Any, list[dict[str, Any]]] = defaultdict(list)
     for entry in source:
-        if entry["image_id"] not in known:
-            raise ValueError(f"detections: picture {entry['image_id']!r} is not among those of the annotations")
-        if entry["bbox"][2] > 0 and entry["bbox"][3] > 0 and not entry.get("iscrowd"):
+        record = records.get(entry["image_id"])
+        if record is not None and _covers(entry["bbox"], record) and not entry.get("iscrowd"):
             boxes[entry["image_id"]].append(entry)
     return boxes
+
+
+def _check_detections(truth: dict[str, Any], detections: list[dict[str, Any]]) -> None:
+    """`ValueError` for a picture or a category that the annotations do not have; COCOeval would drop it in silence."""
+    pictures = {record["id"] for record in truth["images"]} | set(truth["left_out"])
+    categories = [category["id"] for category in truth["categories"]]
+    known = set(categories)
+    for entry in detections:
+        if entry["image_id"] not in pictures:
+            raise ValueError(f"detections: picture {entry['image_id']!r} is not among those of the annotations")
+        if entry["category_id"] not in known:
+            raise ValueError(
+                f"detections: category_id {entry['category_id']!r} is not among those of the annotations: {categories}"
+            )
+
+
+def _covers(box: list[float], record: dict[str, Any]) -> bool:
+    """Whether a box [x, y, width, height] has an extent and some of it lies in the picture."""
+    left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+    across = left < right and left < record["width"] and right > 0
+    return across and top < bottom and top < record["height"] and bottom > 0
 
 
 def _segment(picture: PromptedImage, boxes: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:

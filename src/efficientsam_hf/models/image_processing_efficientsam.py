@@ -68,12 +68,12 @@ def open_image(source: Any, name: str = "image") -> Image.Image:
 
 
 def _upright_rgb(image: Image.Image, shown: str) -> Image.Image:
-    _check_picture(image, shown)
+    check_picture(image, shown)
     image.load()
     return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def _check_picture(image: Image.Image, shown: str) -> None:
+def check_picture(image: Image.Image, shown: str) -> None:
     if not image.width or not image.height:
         raise ValueError(f"{shown} is empty: {image.width} x {image.height} pixels")
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
@@ -352,7 +352,7 @@ def image_to_tensor(image: Any, name: str) -> torch.Tensor:
 def _upright(image: Any, name: str) -> Image.Image:
     """A PIL image is taken as it is shown, in the pixels of `image.size`; a file as its EXIF orientation says."""
     if isinstance(image, Image.Image):
-        _check_picture(image, name)
+        check_picture(image, name)
         try:
             if image.getexif().get(0x0112, 1) != 1:
                 image = Image.fromarray(np.asarray(image.convert("RGB")))

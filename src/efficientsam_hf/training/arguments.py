@@ -30,7 +30,7 @@ def option(default: Any, help: str, **metadata: Any) -> Any:
 class TrainerArguments:
     """What the training loop needs, whatever it trains."""
 
-    output_dir: str = option("", "Run folder to write: args.json, log.jsonl, checkpoints/, model/.")
+    output_dir: str = option("", "Run folder to write: args.json, log.jsonl, checkpoints/, model/, best_model/.")
     resume: bool = option(False, "Continue the run in output_dir from its last complete checkpoint.")
     seed: int = option(0, "Seed of initial weights, data order and prompts.")
     max_steps: int | None = option(None, "Optimiser steps at which the run ends.")
@@ -73,7 +73,8 @@ class TrainerArguments:
     evaluate_every: int | None = option(None, "Steps between evaluations.")
     evaluate_minutes: float | None = option(None, "Minutes between evaluations.")
     best_metric: str = option(
-        "miou", "Number of an evaluation by which the best checkpoint is kept; higher is better."
+        "miou",
+        "Number of an evaluation by which the best checkpoint is kept, and its model as best_model; higher is better.",
     )
     picture_every: int | None = option(None, "Steps between pictures of predictions against ground truth.")
     checkpoint_every: int | None = option(None, "Steps between checkpoints.")
@@ -133,7 +134,10 @@ class PictureArguments(TrainerArguments):
         None, "Data set to train on: a folder of `datasets` (save_to_disk), or what load_dataset takes."
     )
     train_split: str = option("train", "Split of train_dataset.")
-    stream: bool = option(False, "Read train_dataset from its beginning as it comes, without storing it.")
+    stream: bool = option(
+        False,
+        "Read train_dataset from its beginning as it comes, without storing it; resume reads again what it has seen.",
+    )
     shuffle_buffer: int = option(256, "Samples of a stream among which the next one is drawn.")
     image_column: str = option("image", "Column of train_dataset with the pictures.")
     train_limit: int | None = option(None, "Train on the first so many pictures only; not for streams.")
@@ -208,7 +212,18 @@ def build_arguments(kind: type[Arguments], recipe: dict[str, Any], flags: dict[s
     if unknown:
         raise ValueError(f"recipe: unknown names {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
     values = {name: _typed(name, value, hints[name]) for name, value in (recipe | flags).items()}
+    _check_batch_size(values, flags)
     return kind(**values)
+
+
+def _check_batch_size(values: dict[str, Any], flags: dict[str, Any]) -> None:
+    """ValueError for a flag that the stages' own batch sizes would silence."""
+    sizes = values.get("image_sizes") or ""
+    if "batch_size" in flags and sizes and all("x" in stage for stage in sizes.split(",")):
+        raise ValueError(
+            f"batch_size {flags['batch_size']} has no effect beside image_sizes {sizes!r}, which says how many images "
+            "a step takes after each x; change it there"
+        )
 
 
 def _plain_type(hint: Any) -> type:

@@ -26,7 +26,10 @@ class FinetuneArguments(PictureArguments):
         "model whose encoder is taken.",
     )
     model_overrides: str = option(
-        "{}", 'Changes to the config of what is new, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}".'
+        "{}",
+        'Changes to the config of what is new, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}"; of a '
+        "checkpoint's prompt_encoder_config the inputs that it was trained without: background_points, mask_prompts, "
+        "padded_prompt_tokens.",
     )
     gradient_checkpointing: bool = option(
         False, "Compute activations again in the backward pass: less memory, a third more time."
@@ -39,7 +42,8 @@ class FinetuneArguments(PictureArguments):
     train_images: str | None = option(None, "Image folder of train_annotations.")
     train_sa1b: str | None = option(
         None,
-        "Folder in the layout of SA-1B to train on: NAME.jpg beside NAME.json, loose, or in tars that are streamed.",
+        "Folder in the layout of SA-1B to train on: NAME.jpg beside NAME.json, loose, or in tars that are streamed "
+        "(resume reads them again up to where it goes on).",
     )
     masks_column: str = option(
         "masks", "Column of train_dataset with a label picture, a list of mask pictures, or a list of RLE masks."

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an annotated picture to what a training batch holds of it."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..data.augmentation import Augmentation
+from ..data.rle_masks import RleMasks
 from .losses import binary_targets
 
 
@@ -19,10 +21,11 @@ DRAWS = 4  # of a random change before the picture stays as it is
 class MaskPreparation:
     """Draws objects of an annotated picture, changes both at random, and stretches them to a square.
 
-    A sample is {"image": RGB PIL image, "masks": (N, H, W) bool array, "image_id" (optional)}. Pictures and masks are
-    stretched as `image_processor` does it. Objects that cover less than `min_area` or more than `max_area` of what is
-    seen of the picture are left out; of the others up to `objects` are drawn. A random change that would leave none
-    is drawn again, and not made if that does not help.
+    A sample is {"image": RGB PIL image, "masks": (N, H, W) bool array or `RleMasks`, "image_id" (optional)}; of
+    `RleMasks` only those drawn are expanded where the picture is not changed. Pictures and masks are stretched as
+    `image_processor` does it. Objects that cover less than `min_area` or more than `max_area` of what is seen of the
+    picture are left out; of the others up to `objects` are drawn. A random change that would leave none is drawn
+    again, and not made if that does not help.
 
     With `scale_of`, a side in pixels, objects are as large as if the whole picture had been stretched to that side:
     a smaller image shows a random part of the picture, and so many objects fewer as it is smaller in area. The prompt
@@ -87,9 +90,10 @@ class MaskPreparation:
                 f"{name}none of {len(masks)} objects covers {self.min_area} to {self.max_area} of the picture"
             )
 
-    def _usable(self, masks: np.ndarray) -> np.ndarray:
+    def _usable(self, masks: np.ndarray | RleMasks) -> np.ndarray:
         """Indices of the objects of fitting size."""
-        shares = np.count_nonzero(masks, axis=(1, 2)) / masks[0].size if len(masks) else np.zeros(0)
+        areas = masks.areas() if isinstance(masks, RleMasks) else np.count_nonzero(masks, axis=(1, 2))
+        shares = areas / max(1, math.prod(masks.shape[1:]))
         return np.flatnonzero((shares > 0) & (shares >= self.min_area) & (shares <= self.max_area))
 
 

@@ -83,3 +83,9 @@ class RunLog:
         line = json.dumps({"event": event, "time": round(time.time(), 3), **rounded}, default=str)
         with self.path.open("a") as file:
             file.write(line + "\n")
+
+    def count_skipped(self) -> int:
+        """Different samples that the log names as skipped."""
+        with self.path.open() as file:
+            lines = [json.loads(line) for line in file if line.startswith('{"event": "skipped"')]
+        return len({line["sample"] for line in lines})

@@ -2,7 +2,7 @@
 """Pictures that can only be read one after the other, as training batches."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count, islice
 from typing import Any
 
@@ -25,8 +25,10 @@ class StreamBatches:
     processes; with fewer shards than processes each process reads everything and keeps its part. Rows are read in this
     process, `workers` processes make samples of them, and their number changes nothing.
 
-    A stream has no places to go to: to begin with batch `start`, all rows before it are read once more, though not
-    decoded. That is what a resumed run and a new stage cost.
+    A stream has no places to go to: to begin with batch `start`, as a new stage and a resumed run do, rows before it
+    are read once more, though not decoded. Whole epochs are passed over unread as soon as one has been read to its end
+    and its rows are counted, so a start costs up to one epoch of reading, and up to two where none was counted yet.
+    That takes every epoch to hold as many rows, as files and tars do; once two that were counted differ, all are read.
 
     Raises ValueError if the last 100 rows could not be used, or if the stream is empty.
     """
@@ -40,12 +42,13 @@ class StreamBatches:
     processes: int = 1
     workers: int = 0
     report: Callable[[int, str], None] | None = None
+    _counted: int | None = field(default=None, init=False, repr=False, compare=False)  # 0: epochs differ
 
     def __call__(self, start: int, stage: Stage) -> Iterator[dict[str, torch.Tensor]]:
         """Batches from number `start` on, without end."""
         seed = scene_seed(self.seed, round(stage.start * 1e6))  # a stage has an order and changes of its own
         make = _MakeBatch(self.read, self.preparation, stage.image_size, scene_seed(seed, self.rank))
-        rows = islice(self._rows(seed), start * stage.batch_size, None)
+        rows = self._rows(seed, start * stage.batch_size)
         items = ((number, list(islice(rows, stage.batch_size))) for number in count(start))
         unusable = 0
         for batch in ordered_batches(make, items, self.workers):
@@ -58,8 +61,23 @@ class StreamBatches:
                 raise ValueError(f"none of {unusable} rows in a row could be used; row {row}: {reason}")
             yield batch
 
-    def _rows(self, seed: int) -> Iterator[dict[str, Any]]:
-        """This process's rows, epoch after epoch."""
+    def _rows(self, seed: int, start: int) -> Iterator[dict[str, Any]]:
+        """This process's rows from number `start` on, epoch after epoch."""
+        own = self._own_part(seed)
+        for epoch in count():
+            if self._counted and start >= self._counted:
+                start -= self._counted
+                continue
+            own.set_epoch(epoch)
+            number = 0
+            for number, row in enumerate(own, 1):
+                if number > start:
+                    yield row
+            self._note_epoch(number)
+            start = max(0, start - number)
+
+    def _own_part(self, seed: int) -> Any:
+        """The rows of this process as a data set, which shuffles each epoch anew."""
         from datasets.distributed import split_dataset_by_node  # scenes train without this library
 
         if self.dataset.num_shards >= self.processes:
@@ -68,13 +86,13 @@ class StreamBatches:
             own = split_dataset_by_node(self.dataset, rank=self.rank, world_size=self.processes)
         if self.shuffle_buffer > 1:
             own = own.shuffle(seed=seed % 2**32, buffer_size=self.shuffle_buffer)
-        for epoch in count():
-            own.set_epoch(epoch)
-            row = None
-            for row in own:
-                yield row
-            if row is None:
-                raise ValueError("the stream is empty: there is no row to train on")
+        return own
+
+    def _note_epoch(self, rows: int) -> None:
+        """Keep the number of rows of an epoch that was read to its end; `ValueError` if it has none."""
+        if rows == 0:
+            raise ValueError("the stream is empty: there is no row to train on")
+        self._counted = rows if self._counted in (None, rows) else 0
 
 
 @dataclass(frozen=True)

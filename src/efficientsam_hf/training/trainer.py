@@ -39,8 +39,10 @@ class Trainer:
     """Trains a module until its steps or its minutes are used up, and leaves RUN/model behind.
 
     `module(batch)` returns {"loss": scalar, ...other scalars to log}; `module.save_pretrained(folder)` writes what the
-    run is for. Optional are `module.compile_parts()`, `module.picture(batch) -> PIL image`, and for `layer_decay`
-    `module.depths()`, the layers above each parameter by its name.
+    run is for. A loss that is a mean over something else than the images of a batch comes with a "weight", the number
+    of what it is a mean over: batches of other processes and of gradient accumulation then count by it. Optional are
+    `module.compile_parts()`, `module.picture(batch) -> PIL image`, and for `layer_decay` `module.depths()`, the layers
+    above each parameter by its name.
     `batches(start, stage)` yields the batches of this process from number `start` on, at the stage's image size; it is
     called again where a stage begins and on resume, so batch i may depend on i and the stage alone.
     `evaluate(module)` returns numbers by name; it is called with averaged weights, under no_grad, in every process,
@@ -91,6 +93,7 @@ class Trainer:
         self.accelerator.register_for_checkpointing(self.average)
         self.step = self.images = self.nonfinite = 0
         self.elapsed_before = 0.0
+        self.exported_step: int | None = None  # by this process: what lies in model/ of an earlier one may be older
         self.best: dict[str, Any] | None = None
         self.stop_signal: int | None = None
 
@@ -124,7 +127,7 @@ class Trainer:
         trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
         weights = 4 * sum(p.numel() for p in module.parameters())
         checkpoints = 1 if self.arguments.resume else self.arguments.keep_checkpoints + 2
-        return checkpoints * (weights + (12 if self.arguments.ema_decay else 8) * trained) + 2 * weights
+        return checkpoints * (weights + (12 if self.arguments.ema_decay else 8) * trained) + 3 * weights
 
     def elapsed(self) -> float:
         """Seconds of training so far, over all sessions of this run."""
@@ -152,7 +155,7 @@ class Trainer:
                 self._train_step(progress)
                 progress = self.progress()
                 self._after_step(bar, progress)
-        return self._finish(progress)
+            return self._finish(progress)
 
     def _set_up_periods(self) -> None:
         a, now = self.arguments, self.elapsed()
@@ -174,17 +177,36 @@ class Trainer:
         self.learning_rate = a.learning_rate * factor
         for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = self.learning_rate * group.get("lr_scale", 1.0)
-        metrics = []
+        metrics, total_weight = [], torch.zeros((), device=self.accelerator.device)
         for number in range(a.gradient_accumulation):
             batch = self._next_batch(progress, number)
             last = number == a.gradient_accumulation - 1
             with nullcontext() if last else self.accelerator.no_sync(self.module):
                 with self.accelerator.autocast():
                     output = self.module(batch)
-                self.accelerator.backward(output["loss"] / a.gradient_accumulation)
+                weight = output.pop("weight", 1)
+                self.accelerator.backward(output["loss"] * weight if self._shared_steps() else output["loss"])
+            total_weight += weight
             metrics.append({name: value.detach() for name, value in output.items()})
         self.last_batch = batch
+        if self._shared_steps():
+            self._divide_gradients(total_weight)
         self._update(metrics)
+
+    def _shared_steps(self) -> bool:
+        """Whether a step's gradient comes from several batches."""
+        return self.arguments.gradient_accumulation * self.accelerator.num_processes > 1
+
+    def _divide_gradients(self, weight: torch.Tensor) -> None:
+        """Make the mean over all that the losses are means over of the sum that was accumulated, () float.
+
+        Distributed training has divided by the number of processes already.
+        """
+        everywhere = self.accelerator.reduce(weight, "sum").item()
+        factor = self.accelerator.num_processes / everywhere if everywhere else 0.0
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     def _next_batch(self, progress: float, number: int) -> Batch:
         stage = stage_at(self.stages, progress) if number == 0 else self.stage
@@ -302,6 +324,7 @@ class Trainer:
             self.best = {"step": self.step, "metric": self.arguments.best_metric, "value": value}
         if self._agree(better):
             self._save()
+            self._export("best_model")
 
     def _save_picture(self) -> None:
         if not hasattr(self.plain_module, "picture"):
@@ -316,26 +339,31 @@ class Trainer:
 
     def _save(self) -> None:
         """Write checkpoints/step_N and refresh model/; every process takes part, the main one moves it into place."""
-        if self.saved_step == self.step:
-            return
         folder = self.run / "checkpoints" / f"step_{self.step}"
+        if self.saved_step == self.step:
+            if self.accelerator.is_main_process:
+                self._write_state(folder)  # an evaluation since then may have found it the best
+            return
         partial = folder.with_name(PARTIAL + folder.name)
         with self._naming_the_last_checkpoint(partial):
             self.accelerator.save_state(str(partial), safe_serialization=True)
         self.accelerator.wait_for_everyone()  # every process writes its random state into the folder
         if self.accelerator.is_main_process:
-            state = {
-                "step": self.step, "images": self.images, "elapsed": self.elapsed(), "best": self.best,
-                "nonfinite": self.nonfinite, "processes": self.accelerator.num_processes,
-                "distributed": self.accelerator.distributed_type.value,
-            }  # fmt: skip
-            write_json(partial / STATE_FILE, state)
+            self._write_state(partial)
             replace_folder(partial, folder)
             prune_checkpoints(self.run, self.arguments.keep_checkpoints, self.best and self.best["step"])
         self._export()
         self.log("checkpoint", step=self.step, elapsed=self.elapsed(), folder=str(folder))
         self.saved_step = self.step
         self.accelerator.wait_for_everyone()
+
+    def _write_state(self, folder: Path) -> None:
+        state = {
+            "step": self.step, "images": self.images, "elapsed": self.elapsed(), "best": self.best,
+            "nonfinite": self.nonfinite, "processes": self.accelerator.num_processes,
+            "distributed": self.accelerator.distributed_type.value,
+        }  # fmt: skip
+        write_json(folder / STATE_FILE, state)
 
     @contextmanager
     def _naming_the_last_checkpoint(self, partial: Path) -> Iterator[None]:
@@ -354,11 +382,13 @@ class Trainer:
                 f"{self.run}: {error}. The last good checkpoint is {last}; the run goes on from it with resume"
             ) from error
 
-    def _export(self) -> None:
+    def _export(self, name: str = "model") -> None:
         with self._averaged() as module:
             if self.accelerator.is_main_process:
-                with self._naming_the_last_checkpoint(self.run / f"{PARTIAL}model"):
-                    write_folder(self.run / "model", module.save_pretrained)
+                with self._naming_the_last_checkpoint(self.run / f"{PARTIAL}{name}"):
+                    write_folder(self.run / name, module.save_pretrained)
+        if name == "model":
+            self.exported_step = self.step
 
     def _resume(self) -> None:
         """Load the last complete checkpoint, if the run got that far."""
@@ -382,18 +412,20 @@ class Trainer:
 
     def _finish(self, progress: float) -> dict[str, Any]:
         train_seconds = self.elapsed() - self.train_start
+        self._save()
+        if self.exported_step != self.step:
+            self._export()
         if progress >= 1:
             self._evaluate()
-        self._save()
-        if self._agree(not (self.run / "model").is_dir()):
-            self._export()
+        interrupted = self.stop_signal is not None and progress < 1
         summary = {
             "steps": self.step,
             "images": self.images,
             "minutes": self.elapsed() / 60,
             "images_per_s": (self.images - self.images_before) / max(train_seconds, 1e-9),
             "best": self.best,
-            "interrupted": signal.Signals(self.stop_signal).name if self.stop_signal else None,
+            "interrupted": signal.Signals(self.stop_signal).name if interrupted else None,
+            "skipped": self.log.count_skipped() if self.accelerator.is_main_process else 0,
         }
         self.log("end", **summary)
         if self.accelerator.is_main_process:
@@ -410,7 +442,7 @@ class Trainer:
 
     @contextmanager
     def _signals_stop_the_loop(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the loop after the current step, so that a checkpoint is written."""
+        """SIGTERM and SIGINT end the loop after the current step, and wait until the run is saved."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inputs that a checkpoint was trained without, such as the released ones: switched on, to be trained from now on."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.configuration_efficientsam import EfficientSamConfig
+from ..models.modeling_efficientsam import EfficientSamModel
+from .segmentation import PromptSampling
+
+
+INPUTS = ("background_points", "mask_prompts", "padded_prompt_tokens")
+
+
+def load_with_inputs(source: str, changes: dict[str, Any]) -> EfficientSamModel:
+    """An EfficientSAM from a folder or Hub id, in float32, with `changes` made to `config.prompt_encoder_config`.
+
+    What is new begins without an effect: a background click is a position of no kind, as in released code, and
+    neither a mask prompt nor its absence changes the image embeddings.
+
+    Raises ValueError for a change that is none of `INPUTS`, or a value that the config does not take.
+    """
+    unknown = sorted(set(changes) - set(INPUTS))
+    if unknown:
+        raise ValueError(
+            f"model_overrides: {', '.join(unknown)} of a checkpoint cannot be changed; of its prompt_encoder_config "
+            f"{', '.join(INPUTS)} can"
+        )
+    config = EfficientSamConfig.from_pretrained(source)
+    before = config.prompt_encoder_config
+    config.prompt_encoder_config = after = type(before).from_dict({**before.to_dict(), **changes})
+    model = EfficientSamModel.from_pretrained(source, config=config, dtype=torch.float32)
+    new: list[nn.Module] = []
+    if after.background_points and not before.background_points:
+        new.append(model.prompt_encoder.background_embed)
+    if after.mask_prompts and not before.mask_prompts:
+        new += [model.prompt_encoder.no_mask_embed, model.prompt_encoder.mask_embed.conv3]
+    for parameter in (parameter for module in new for parameter in module.parameters()):
+        nn.init.zeros_(parameter)
+    return model
+
+
+def check_prompt_tokens(model: EfficientSamModel, sampling: PromptSampling) -> None:
+    """ValueError if the prompts that are drawn become more than the model takes."""
+    limit = model.config.prompt_encoder_config.padded_prompt_tokens
+    tokens = sampling.rounds + (2 if sampling.box_and_point > 0 else int(sampling.box > 0))
+    if limit is not None and tokens > limit:
+        raise ValueError(
+            f"prompt_rounds {sampling.rounds} gives objects up to {tokens} prompt tokens (a box is two), but the "
+            f"checkpoint takes {limit}: take {tokens - limit} rounds less, or lift its limit with --model-overrides "
+            "'{prompt_encoder_config: {padded_prompt_tokens: null}}'"
+        )

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints that learn inputs which they were trained without, as the released ones were."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_segmentation_training import example_batch, tiny_model
+
+from efficientsam_hf import EfficientSamModel
+from efficientsam_hf.training.prompt_inputs import check_prompt_tokens, load_with_inputs
+from efficientsam_hf.training.segmentation import InteractiveSegmentation, PromptSampling
+
+
+RELEASED = {"background_points": False, "mask_prompts": False, "padded_prompt_tokens": 6}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model(**RELEASED).save_pretrained(tmp_path / "released")
+    return tmp_path / "released"
+
+
+def masks_of_a_click(model: EfficientSamModel) -> torch.Tensor:
+    prompts = {"input_points": torch.tensor([[[[20.0, 30.0]]]]), "input_labels": torch.ones(1, 1, 1, dtype=torch.long)}
+    with torch.no_grad():
+        return model.eval()(example_batch()["pixel_values"][:1], **prompts).pred_masks
+
+
+def test_new_inputs_begin_without_an_effect(folder: Path) -> None:
+    before = EfficientSamModel.from_pretrained(folder)
+    model = load_with_inputs(str(folder), {"background_points": True, "mask_prompts": True})
+    assert torch.equal(masks_of_a_click(model), masks_of_a_click(before))
+    assert not torch.allclose(masks_of_a_click(model), masks_of_a_click(tiny_model()), atol=1e-3)
+    assert model.config.prompt_encoder_config.padded_prompt_tokens == 6
+
+
+def test_new_inputs_are_trained_and_saved(folder: Path, tmp_path: Path) -> None:
+    changes = {"background_points": True, "mask_prompts": True, "padded_prompt_tokens": None}
+    model = load_with_inputs(str(folder), changes)
+    module = InteractiveSegmentation(model, sampling=PromptSampling(rounds=4, mask_prompts=1.0))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    for seed in range(4):
+        module(example_batch(seed))["loss"].backward()
+        optimizer.step()
+    encoder = model.prompt_encoder
+    for weight in (encoder.background_embed.weight, encoder.no_mask_embed.weight, encoder.mask_embed.conv3.weight):
+        assert weight.abs().max() > 0
+    model.save_pretrained(tmp_path / "trained")
+    again = EfficientSamModel.from_pretrained(tmp_path / "trained")
+    assert {name: getattr(again.config.prompt_encoder_config, name) for name in changes} == changes
+    assert torch.equal(again.prompt_encoder.background_embed.weight, encoder.background_embed.weight)
+
+
+def test_other_parts_of_a_checkpoint_stay(folder: Path) -> None:
+    with pytest.raises(ValueError, match="model_overrides: hidden_size of a checkpoint cannot be changed"):
+        load_with_inputs(str(folder), {"hidden_size": 8})
+
+
+@pytest.mark.parametrize(("shares", "rounds"), [({}, 5), ({"box_and_point": 0.0}, 6)])
+def test_more_prompts_than_the_checkpoint_takes(shares: dict[str, float], rounds: int) -> None:
+    model = tiny_model(**RELEASED)
+    check_prompt_tokens(model, PromptSampling(rounds=rounds - 1, **shares))
+    with pytest.raises(ValueError, match=f"prompt_rounds {rounds} gives objects up to 7 prompt tokens .* takes 6"):
+        check_prompt_tokens(model, PromptSampling(rounds=rounds, **shares))
+    check_prompt_tokens(tiny_model(), PromptSampling(rounds=rounds, **shares))
