@@ -102,6 +102,24 @@ def test_half_file_loads_as_float32_close_to_the_run(run: Path, tmp_path: Path) 
     assert torch.equal(state[GAUSSIAN], original[GAUSSIAN])
 
 
+def test_the_best_model_with_what_was_known_of_it(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has no best_model/config.json"):
+        export_run(run, tmp_path / "best", best=True)
+    write_folder(run / "best_model", InteractiveSegmentation(tiny_model(), None).save_pretrained)
+    EfficientSamProcessor(EfficientSamImageProcessor(size=64)).save_pretrained(run / "best_model")
+    best = {"step": 8, "metric": "miou", "value": 0.7}
+    for step in (8, 12):
+        state = {"step": step, "images": 16 * step, "elapsed": 5.0 * step, "best": best}
+        (run / "checkpoints" / f"step_{step}").mkdir()
+        write_json(run / "checkpoints" / f"step_{step}" / "trainer_state.json", state)
+    one, other = export_run(run, tmp_path / "last"), export_run(run, tmp_path / "best", best=True)
+    states = [EfficientSamModel.from_pretrained(folder).state_dict() for folder in (other, run / "best_model")]
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(tensor, states[1][name], rtol=2**-11, atol=2**-25)
+    assert not torch.equal(states[0][GAUSSIAN], EfficientSamModel.from_pretrained(one).state_dict()[GAUSSIAN])
+    assert [read_json(folder / "metrics.json")["training"]["steps"] for folder in (one, other)] == [12, 8]
+
+
 def test_every_way_to_load_gives_float32(run: Path, tmp_path: Path) -> None:
     exported = export_run(run, tmp_path / "out")
     for auto in (AutoModel, AutoModelForMaskGeneration, EfficientSamVisionModel, EfficientSamBackbone):

@@ -35,6 +35,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         metavar="MODEL",
         help="write the mean of the run's weights and of these models, from which it went on or that went on from it",
     )
+    parser.add_argument("--best", action="store_true", help="the model of the best evaluation, not the last one")
     parser.add_argument("--full-precision", action="store_true", help="store the weights as float32")
     parser.add_argument("--with-code", action="store_true", help="add the code for trust_remote_code")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
         average=args.average,
         license=args.license,
+        best=args.best,
     )
     weights = sum(path.stat().st_size for path in destination.glob("*.safetensors"))
     print(f"wrote {args.destination}: {weights / 1e6:.1f} MB of weights")

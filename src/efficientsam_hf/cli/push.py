@@ -47,6 +47,7 @@ def _add_export_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--metrics", nargs="+", metavar="A.json", help="results of efficientsam evaluate --output")
     group.add_argument("--speed", metavar="S.json", help="result of efficientsam benchmark --output")
     group.add_argument("--license", metavar="ID", help="of the weights, by the Hub's names (apache-2.0)")
+    group.add_argument("--best", action="store_true", help="the model of the best evaluation, not the last one")
     group.add_argument("--full-precision", action="store_true", help="store the weights as float32")
     group.add_argument(
         "--preview", action="store_true", help="publish the run's last picture of training data too (scenes: always)"
@@ -94,8 +95,11 @@ def _folder(args: argparse.Namespace) -> Path:
         return export_run(
             source, destination, not args.full_precision, args.metrics, args.speed, with_code=True, overwrite=True,
             license=args.license or "apache-2.0", name=args.repo_id.rpartition("/")[2], preview=args.preview,
+            best=args.best,
         )  # fmt: skip
-    given = [name for name in ("metrics", "speed", "license", "full_precision", "preview") if getattr(args, name)]
+    given = [
+        name for name in ("metrics", "speed", "license", "full_precision", "preview", "best") if getattr(args, name)
+    ]
     if given:
         option = given[0].replace("_", "-")
         raise ValueError(f"--{option} is for run folders, and {args.run_folder} is none: it is published as it is")

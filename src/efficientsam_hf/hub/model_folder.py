@@ -44,6 +44,7 @@ def export_run(
     license: str = "apache-2.0",
     name: str | None = None,
     preview: bool = False,
+    best: bool = False,
 ) -> Path:
     """Write the model of a run as a folder for every `from_pretrained`, with metrics.json and a model card.
 
@@ -61,6 +62,7 @@ def export_run(
         license: the weights' licence, by the Hub's names.
         name: what the card calls the model, the destination's name if left out.
         preview: add the last picture of a run on other data too, which shows some of them.
+        best: take the model of the best evaluation in the place of the last one.
 
     Returns:
         The destination.
@@ -73,7 +75,7 @@ def export_run(
     """
     destination = Path(os.path.abspath(destination))
     check_destination(destination, overwrite)
-    record = read_run(Path(run))
+    record = read_run(Path(run), best)
     drawn = preview or (with_code and bool(record.arguments.get("train_scenes")))
     known = _revisions(record, destination, average)
     export = Export(
@@ -105,13 +107,13 @@ def export_run(
 
 def _revisions(record: RunRecord, destination: Path, average: Sequence[Any]) -> set[str]:
     """What numbers of this model can be of: the run's own weights unless a mean is made, or an earlier export."""
-    folders = [destination] if average else [record.folder / "model", destination]
+    folders = [destination] if average else [record.model, destination]
     return {model_revision(str(folder)) for folder in folders if folder.is_dir()}
 
 
 def load_trained(record: RunRecord) -> tuple[PreTrainedModel, EfficientSamProcessor | None]:
     """Model of a run in float32 and its processor, which pretraining has none of; ValueError for other models."""
-    folder = record.folder / "model"
+    folder = record.model
     kind = model_type(str(folder))
     if kind == EfficientSamConfig.model_type:
         model = EfficientSamModel.from_pretrained(folder, dtype=torch.float32)

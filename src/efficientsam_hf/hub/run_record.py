@@ -24,6 +24,7 @@ class RunRecord:
     """What a run folder says about the model in it."""
 
     folder: Path
+    model: Path  # the folder of the weights
     description: dict[str, Any]  # args.json
     progress: dict[str, Any]  # steps, images, minutes of training behind the saved weights
     curve: list[dict[str, Any]]  # lines "train" of the log up to there
@@ -34,29 +35,42 @@ class RunRecord:
         return self.description["arguments"]
 
 
-def read_run(folder: Path) -> RunRecord:
-    """Read a run folder; `FileNotFoundError` or `ValueError` that says what is missing."""
+def read_run(folder: Path, best: bool = False) -> RunRecord:
+    """Read a run folder, up to its last or, with `best`, its best model.
+
+    Raises `FileNotFoundError` or `ValueError` that says what is missing.
+    """
     if not folder.is_dir():
         raise FileNotFoundError(f"run {str(folder)!r} is not a folder")
-    for name in ("args.json", "model/config.json"):
+    model = folder / ("best_model" if best else "model")
+    for name in ("args.json", f"{model.name}/config.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
                 f"run {str(folder)!r} has no {name}: it is no run folder, or has saved no model yet"
             )
     description = _read_json(folder / "args.json", "run", ("arguments", "command", "machine", "started"))
-    progress = _read_progress(folder)
+    progress = _read_progress(folder, best)
     events = [line for line in _read_log(folder / "log.jsonl") if line.get("step", 0) <= progress["steps"]]
     evaluations = [line for line in events if line["event"] == "evaluation"]
     curve = [line for line in events if line["event"] == "train" and "loss" in line]
-    return RunRecord(folder, description, progress, curve, evaluations[-1] if evaluations else None)
+    return RunRecord(folder, model, description, progress, curve, evaluations[-1] if evaluations else None)
 
 
-def _read_progress(folder: Path) -> dict[str, Any]:
-    """Steps, images and minutes behind model/, which is written with every checkpoint; run.json is, at the end."""
+def _read_progress(folder: Path, best: bool) -> dict[str, Any]:
+    """Steps, images and minutes behind model/, which is written with every checkpoint; run.json is, at the end.
+
+    The checkpoint of the best model is kept beside the last ones.
+    """
     states = [_read_json(path, "run", ("step",)) for path in folder.glob("checkpoints/step_*/trainer_state.json")]
-    if states:
-        last = max(states, key=lambda state: state["step"])
-        return {"steps": last["step"], "images": last["images"], "minutes": last["elapsed"] / 60}
+    by_step = {state["step"]: state for state in states}
+    step = max(by_step, default=None)
+    if best:
+        step = (by_step[step]["best"] or {}).get("step") if step is not None else None
+        if step not in by_step:
+            raise FileNotFoundError(f"run {str(folder)!r} has no checkpoint of its best model, of step {step}")
+    if step is not None:
+        state = by_step[step]
+        return {"steps": state["step"], "images": state["images"], "minutes": state["elapsed"] / 60}
     if (folder / "run.json").is_file():
         summary = _read_json(folder / "run.json", "run", ("steps", "images", "minutes"))
         return {name: summary[name] for name in ("steps", "images", "minutes")}
