@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The fast prompt decoder against the plain one, which training and everything else uses."""
 
+import copy
+
 import pytest
 import torch
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamModel
+from efficientsam_hf.models import fast_decoding_efficientsam as module
 from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
 
 
@@ -60,7 +63,7 @@ def test_numbers_are_those_of_the_plain_path(model, kind: str, size: tuple[int, 
     torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 100])
+@pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_chunks_change_nothing(model, chunk: int) -> None:
     embeddings = torch.randn(1, 256, 8, 8)
     masks, scores = EfficientSamFastDecoder(model, embeddings, chunk_size=chunk)(**prompts("both"))
@@ -69,15 +72,48 @@ def test_chunks_change_nothing(model, chunk: int) -> None:
     torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-4)
 
 
-def test_half_precision_is_no_worse_than_the_plain_path(model) -> None:
+@pytest.mark.parametrize(
+    ("side", "dtype", "count"),
+    [
+        (64, torch.float32, 4),
+        (32, torch.float32, 16),
+        (64, torch.bfloat16, 8),
+        (200, torch.float32, 1),
+        (4, torch.float32, 256),
+    ],
+)
+def test_chunks_have_the_size_of_a_cache(model, side: int, dtype: torch.dtype, count: int, monkeypatch) -> None:
+    """The dtype that counts is the weights', whatever that of the embeddings is."""
+    monkeypatch.setattr(EfficientSamFastDecoder, "_prepare", lambda self: None)
+    decoder = EfficientSamFastDecoder(copy.deepcopy(model).to(dtype), torch.zeros(1, 256, side, side))
+    assert decoder.chunk_size == count
+    if count in (4, 8, 16):
+        monkeypatch.setattr(module, "CPU_BYTES", 3 * module.CPU_BYTES)
+        assert EfficientSamFastDecoder(decoder.model, decoder.embeddings).chunk_size == 3 * count
+
+
+@pytest.mark.parametrize(("free_gib", "count"), [(0, 1), (2, 16), (20, 160), (70, 256)])
+def test_chunks_take_a_part_of_a_gpu(monkeypatch, free_gib: int, count: int) -> None:
+    """What torch holds and does not use is free too."""
+    half = free_gib * 2**29
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (half, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: half + 1000)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 1000)
+    assert module._chunk_size(64 * 64 * 256 * 4, torch.device("cuda")) == count
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.bfloat16, 0.97), (torch.float16, 0.995)])
+def test_half_precision_is_no_worse_than_the_plain_path(model, dtype: torch.dtype, least: float) -> None:
     embeddings = torch.randn(1, 256, 8, 8)
     exact, exact_scores = plain(model, embeddings, prompts("both"))
     half = EfficientSamModel.from_pretrained(
-        None, config=model.config, state_dict=model.state_dict(), dtype=torch.bfloat16
+        None, config=model.config, state_dict=model.state_dict(), dtype=dtype
     ).eval()
     masks, scores = EfficientSamFastDecoder(half, embeddings)(**prompts("both"))
     usual, usual_scores = plain(half, embeddings, prompts("both"))
-    assert masks.dtype == torch.bfloat16
+    assert masks.dtype == dtype
+    inside, other = masks > 0, exact > 0
+    assert (inside & other).sum() / (inside | other).sum() > least  # of a random model, whose logits are steep nowhere
     assert (masks.float() - exact).abs().mean() < 1.3 * (usual.float() - exact).abs().mean()
     assert (scores.float() - exact_scores).abs().mean() < 2 * (usual_scores.float() - exact_scores).abs().mean() + 0.01
 

@@ -114,10 +114,25 @@ def test_masks_at_inner_edges_of_a_crop(generator) -> None:
     expected = []
     for x0, y0, x1, y1 in boxes.tolist():
         # The left, right and lower edge of this crop are inside the image; its upper edge is the image's.
-        expected.append(x0 < 20 or 100 + x0 > 230 or 100 + x1 > 230 or x1 < 20 or y1 > 100 or y0 > 100)
+        expected.append(x0 <= 20 or 100 + x0 >= 230 or 100 + x1 >= 230 or x1 <= 20 or y1 >= 100 or y0 >= 100)
     assert 10 < sum(expected) < 90
     assert near_crop_edge(boxes, crop, size).tolist() == expected
     assert not near_crop_edge(boxes, [0, 0, 300, 200], size).any()
+
+
+@pytest.mark.parametrize(
+    ("crop_left", "left", "near"),
+    [(100, 19, True), (100, 20, True), (100, 21, False), (10, 9, False), (10, 10, False), (10, 11, True)],
+)
+def test_twenty_pixels_are_near_as_in_sam(crop_left: int, left: int, near: bool) -> None:
+    """SAM compares by `isclose` with an absolute tolerance: exactly 20 is near, to the crop and to the image."""
+    crop, box = [crop_left, 0, 300, 200], torch.tensor([[left, 50, 150, 120]])
+    whole = (box + torch.tensor([crop_left, 0] * 2)).float()
+    to_crop, to_image = (
+        torch.isclose(whole, torch.tensor([edges]).float(), atol=20.0, rtol=0) for edges in (crop, [0, 0, 300, 200])
+    )
+    assert bool((to_crop & ~to_image).any()) is near
+    assert near_crop_edge(box, crop, (200, 300)).tolist() == [near]
 
 
 # Steps of the image processor

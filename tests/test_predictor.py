@@ -46,6 +46,99 @@ def test_an_answer_as_the_next_prompt(predictor) -> None:
     assert logits.dtype == np.float32 and logits.shape == (3, 300, 451) and logits.min() < 0 < logits.max()
 
 
+POINTS = [[[230, 120], [30, 30]], [[40, 60], [400, 200]]]
+LABELS = [[1, 0], [1, 1]]
+BOXES = [[60, 20, 400, 280], [10, 10, 470, 150]]
+
+
+@pytest.mark.parametrize("multimask", [True, False])
+@pytest.mark.parametrize("kind", ["points", "boxes", "both"])
+def test_many_prompts_at_once(predictor, kind: str, multimask: bool) -> None:
+    """As if each had been asked for alone; a box that reaches over the border is cut in both."""
+    points = None if kind == "boxes" else torch.tensor(POINTS)
+    labels = None if kind == "boxes" else torch.tensor(LABELS)
+    boxes = None if kind == "points" else torch.tensor(BOXES)
+    size = predictor.original_size
+    result = predictor.predict_torch(
+        None if points is None else predictor.transform.apply_coords_torch(points, size),
+        labels,
+        None if boxes is None else predictor.transform.apply_boxes_torch(boxes, size),
+        multimask_output=multimask,
+    )
+    count, cells = 3 if multimask else 1, 4 * predictor.image_embedding.shape[-1]
+    assert [tuple(part.shape) for part in result] == [(2, count, 300, 451), (2, count), (2, count, cells, cells)]
+    assert [part.dtype for part in result] == [torch.bool, torch.float32, torch.float32]
+    for index in range(2):
+        alone = (None if part is None else part[index].numpy() for part in (points, labels, boxes))
+        masks, scores, low = predictor.predict(*alone, multimask_output=multimask)
+        assert np.mean(result[0][index].numpy() != masks) < 1e-4
+        np.testing.assert_allclose(result[1][index].numpy(), scores, atol=1e-4)
+        np.testing.assert_allclose(result[2][index].numpy(), low, atol=1e-3)
+
+
+def test_masks_as_prompts_of_many(predictor) -> None:
+    points = predictor.transform.apply_coords_torch(torch.tensor(POINTS)[:, :1], predictor.original_size)
+    _, scores, low = predictor.predict_torch(points, None)
+    best = low[range(2), scores.argmax(1)][:, None]
+    logits, _, _ = predictor.predict_torch(points, torch.ones(2, 1), mask_input=best, return_logits=True)
+    assert logits.dtype == torch.float32
+    for index in range(2):
+        expected, _, _ = predictor.predict(POINTS[index][:1], mask_input=best[index], return_logits=True)
+        np.testing.assert_allclose(logits[index].numpy(), expected, atol=1e-3)
+
+
+def test_coordinates_of_the_input(predictor) -> None:
+    transform, (height, width) = predictor.transform, predictor.transform.input_size
+    assert (height, width) == tuple(predictor.processor.image_processor.size.values())
+    points = transform.apply_coords(np.array([[451, 300], [0, 150]]), (300, 451))
+    assert points.tolist() == [[width, height], [0, height / 2]]
+    boxes = np.array([[0, 150, 451, 300]])
+    scaled = transform.apply_boxes(boxes, (300, 451))
+    assert scaled.tolist() == [[0, height / 2, width, height]]
+    assert torch.equal(transform.apply_boxes_torch(torch.tensor(boxes), (300, 451)), torch.tensor(scaled))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((torch.zeros(1, 2), None), r"point_coords has shape \(1, 2\), expected \(B, P, 2\)"),
+        ((torch.zeros(1, 1, 2), torch.ones(1)), r"point_labels has shape \(1,\), expected \(1, 1\)"),
+        ((None, torch.ones(1, 1), torch.tensor([[1, 1, 9, 9]])), "input_labels is given without input_points"),
+        ((None, None, torch.zeros(4)), r"boxes has shape \(4,\), expected \(B, 4\)"),
+        (
+            (torch.zeros(1, 1, 2), None, None, torch.zeros(1, 1, 9, 9)),
+            r"mask_input has shape .*, expected \(B, 1, \d+, \d+\)",
+        ),
+        ((torch.tensor([[[9000.0, 9.0]]]), None), r"\(9000, 9\) is outside the model's input of \d+ x \d+ pixels"),
+        ((torch.full((1, 1, 2), float("nan")), None), r"point_coords: \(nan, nan\) is outside"),
+        ((None, None, torch.tensor([[9, 9, 9, 30]])), r"boxes: \[9, 9, 9, 30\] is empty within the model's input"),
+        ((None, None), "no prompt"),
+        ((torch.zeros(1, 1, 2), torch.ones(1, 2)), r"point_labels has shape \(1, 2\), expected \(1, 1\)"),
+        ((torch.zeros(2, 1, 2), None, torch.tensor([[1, 1, 9, 9]])), "disagree on the number of objects"),
+    ],
+)
+def test_wrong_calls_of_many(predictor, arguments, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        predictor.predict_torch(*arguments)
+
+
+def test_padding_may_lie_anywhere(predictor) -> None:
+    inside = torch.tensor([[[512.0, 400.0], [0.0, 0.0]]])
+    outside = torch.tensor([[[512.0, 400.0], [-1.0, -1.0]]])
+    labels = torch.tensor([[1, -1]])
+    first, second = (predictor.predict_torch(points, labels)[2] for points in (inside, outside))
+    assert torch.equal(first, second)
+
+
+def test_what_is_known_of_the_image(predictor, photo) -> None:
+    other = EfficientSamPredictor(predictor.model, predictor.processor)
+    assert not other.is_image_set and predictor.is_image_set and other.device == torch.device("cpu")
+    for call in (other.get_image_embedding, lambda: other.predict_torch(torch.zeros(1, 1, 2), None)):
+        with pytest.raises(RuntimeError, match="call set_image first"):
+            call()
+    assert predictor.get_image_embedding() is predictor.image_embedding
+
+
 def test_channels_in_the_order_of_opencv(predictor, photo) -> None:
     other = EfficientSamPredictor(predictor.model, predictor.processor)
     other.set_image(np.asarray(photo)[..., ::-1], image_format="BGR")
@@ -69,5 +162,6 @@ def test_wrong_calls(predictor, photo) -> None:
         empty.predict([[1, 1]])
     empty.set_image(photo)
     empty.reset_image()
+    assert not empty.is_image_set
     with pytest.raises(RuntimeError, match="call set_image first"):
         empty.predict([[1, 1]])

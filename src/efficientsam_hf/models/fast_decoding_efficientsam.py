@@ -16,12 +16,18 @@ from torch import nn
 from .modeling_efficientsam import EfficientSamAttention, EfficientSamModel, place_pixels
 
 
+CPU_BYTES = 4 * 64 * 64 * 256 * 4  # of image tokens in a chunk: 4 prompts of 64 x 64 tokens of 256 float32 channels
+GPU_SHARE = 0.25  # part of a GPU's free memory that a chunk may take
+GPU_COPIES = 8  # tensors of the size of a prompt's image tokens that exist at once while it is decoded
+MOST_PROMPTS = 256  # in a chunk
+
+
 class EfficientSamFastDecoder:
     """Decodes prompts on one image: the same masks and scores as `EfficientSamModel.decode_prompts`.
 
     `image_embeddings` (1, C, h, w) is what `get_image_embeddings` of the model gives. `chunk_size` prompts are decoded
-    at once; what they need then lies in the cache of a CPU. A decoder whose layers are not plain ones (adapters,
-    quantised or offloaded weights) decodes by `decode_prompts`.
+    at once; when it is left out, as many as a CPU's cache or a part of a GPU's free memory holds. A decoder whose
+    layers are not plain ones (adapters, quantised or offloaded weights) decodes by `decode_prompts`.
     """
 
     def __init__(self, model: EfficientSamModel, image_embeddings: torch.Tensor, chunk_size: int | None = None):
@@ -33,7 +39,8 @@ class EfficientSamFastDecoder:
             raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
         self.model = model
         self.embeddings = image_embeddings
-        self.chunk_size = chunk_size or (4 if image_embeddings.device.type == "cpu" else 64)
+        dtype = model.prompt_encoder.point_embed.weight.dtype
+        self.chunk_size = chunk_size or _chunk_size(image_embeddings.numel() * dtype.itemsize, image_embeddings.device)
         self.is_plain = _has_plain_layers(model.mask_decoder)
         if self.is_plain:
             self._prepare()
@@ -153,6 +160,16 @@ class EfficientSamFastDecoder:
         features = F.layer_norm(features, features.shape[1:], self.norm_weight, self.norm_bias, norm.eps)
         features = decoder.activation(features).flatten(1, 2)
         return decoder.activation(_children(features, decoder.upscale_conv2)).flatten(1, 2)
+
+
+def _chunk_size(prompt_bytes: int, device: torch.device) -> int:
+    """Prompts to decode at once, where the image tokens of one take so many bytes."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = GPU_SHARE * (torch.cuda.mem_get_info(device)[0] + unused) / GPU_COPIES
+    else:
+        budget = CPU_BYTES if device.type == "cpu" else 16 * CPU_BYTES
+    return min(max(1, int(budget // prompt_bytes)), MOST_PROMPTS)
 
 
 def _has_plain_layers(decoder: nn.Module) -> bool:

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images to model pixels and masks back to the image, for EfficientSAM."""
 
-import http.client
 import io
 import math
 import os
-import urllib.request
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +16,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .mask_generation_efficientsam import (
     crop_boxes_of_layers,
+    download,
     grid_side,
     masks_to_boxes,
     near_crop_edge,
@@ -28,7 +27,6 @@ from .mask_generation_efficientsam import (
 from .rle_efficientsam import decode_rle, mask_to_counts
 
 
-DOWNLOAD_SECONDS = 30
 MASKS_AT_ONCE = 16  # full-size float32 masks in memory while the logits of a batch are resized
 
 
@@ -46,7 +44,7 @@ def open_image(source: Any, name: str = "image") -> Image.Image:
     """
     shown = f"{name} {str(source)!r}" if isinstance(source, (str, os.PathLike)) else name
     if isinstance(source, str) and source.startswith(("http://", "https://")):
-        source = io.BytesIO(_download(source))
+        source = io.BytesIO(download(source))
     opened = isinstance(source, Image.Image)
     if not opened and not isinstance(source, (str, os.PathLike)) and not hasattr(source, "read"):
         raise TypeError(f"{name} is a {type(source).__name__}, expected a path, a URL or a PIL image")
@@ -78,16 +76,6 @@ def check_picture(image: Image.Image, shown: str) -> None:
         raise ValueError(f"{shown} is empty: {image.width} x {image.height} pixels")
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"{shown} has mode {image.mode}, expected 8 bits a channel: scale its values to 0..255 first")
-
-
-def _download(url: str) -> bytes:
-    """Fetch a URL; OSError that names it and the reason."""
-    request = urllib.request.Request(url, headers={"User-Agent": "efficientsam-hf"})
-    try:
-        with urllib.request.urlopen(request, timeout=DOWNLOAD_SECONDS) as response:
-            return response.read()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        raise OSError(f"cannot download {url}: {error}") from error
 
 
 class EfficientSamImageProcessor(BaseImageProcessor):

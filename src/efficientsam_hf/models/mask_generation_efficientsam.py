@@ -11,19 +11,23 @@ Coordinates: points in model pixels for the model, boxes (x0, y0, x1, y1) of fir
 whole image as each docstring says; cells are the pixels of low-resolution logits.
 """
 
+import base64
 import dataclasses
+import http.client
+import io
 import math
 import numbers
 import os
-from collections.abc import Callable, Iterator, Sequence
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from transformers import MaskGenerationPipeline
-from transformers.image_utils import load_image
 
 from .fast_decoding_efficientsam import EfficientSamFastDecoder
 from .rle_efficientsam import compress_counts, decode_rle, runs_to_counts, window_to_runs
@@ -32,10 +36,11 @@ from .rle_efficientsam import compress_counts, decode_rle, runs_to_counts, windo
 IMAGES_AT_ONCE = 8  # crops that the encoder takes in one batch
 MASKS_HELD = 256  # candidates whose logits are kept; those of lower score are decoded again when their turn comes
 MASKS_AT_ONCE = 16  # candidates that are looked at before the next ones are suppressed
-STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack, where a mask has at least
+STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack at least, where a mask has at least
 STABILITY_CELLS = 64  # so many cells; that of smaller ones says too little
 LOGIT_MARGIN = 1.0  # how far below the threshold low-resolution logits can lie and rise above it by interpolation
 SMALLEST_CROP = 16  # pixels
+DOWNLOAD_SECONDS = 30
 OUTPUT_TYPES = ("bool", "rle", "coco_rle")
 SORTS = ("score", "area")
 
@@ -96,6 +101,8 @@ class MaskGenerationOptions:
         self._check("stability_score_offset", _is_number, lambda value: 0 <= value < math.inf, "at least 0")
         for name in ("max_hole_area", "max_sprinkle_area"):
             self._check(name, _is_number, lambda value: value >= 0, "at least 0", none=True)
+        for name in ("output_rle_mask", "output_bboxes_mask"):
+            self._check(name, lambda value: isinstance(value, bool), lambda value: True, "True or False")
         self._check("output_type", _is_text, lambda value: value in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}")
         self._check("sort_by", _is_text, lambda value: value in SORTS, f"one of {', '.join(SORTS)}")
 
@@ -206,13 +213,14 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
 def near_crop_edge(boxes: torch.Tensor, crop_box: list[int], size: tuple[int, int], margin: float = 20.0):
     """Boxes (M, 4) in a crop's pixels that touch an edge of the crop which is not one of the image: -> (M) bool.
 
-    `size` is (height, width) of the image, `crop_box` the crop in it; `margin` is in pixels (SAM's value).
+    `size` is (height, width) of the image, `crop_box` the crop in it. Sides that are `margin` pixels apart still touch
+    (SAM's value and rule).
     """
     x0, y0, x1, y1 = (int(value) for value in crop_box)
     boxes = boxes.float() + torch.tensor([x0, y0, x0, y0], device=boxes.device)
     crop = torch.tensor([x0, y0, x1, y1], device=boxes.device, dtype=torch.float32)
     image = torch.tensor([0, 0, size[1], size[0]], device=boxes.device, dtype=torch.float32)
-    return (((boxes - crop).abs() < margin) & ((boxes - image).abs() >= margin)).any(1)
+    return (((boxes - crop).abs() <= margin) & ((boxes - image).abs() > margin)).any(1)
 
 
 def box_iou(boxes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -331,7 +339,8 @@ class EfficientSamMaskGenerator:
         options:
             [`MaskGenerationOptions`] by name, for every image.
 
-    Raises TypeError for another kind of model, and ValueError if the processor's size is not square.
+    Raises TypeError for another kind of model, and ValueError if the processor's size is not square or it does not
+    bring images to that size.
     """
 
     def __init__(self, model: Any, processor: Any, **options: Any):
@@ -342,6 +351,8 @@ class EfficientSamMaskGenerator:
         size = self.image_processor.size
         if size["height"] != size["width"]:
             raise ValueError(f"the size of the image processor must be square to lay out grids, got {size}")
+        if not getattr(self.image_processor, "do_resize", True):
+            raise ValueError("do_resize of the image processor must be True to lay out grids, got False")
         own = getattr(self.image_processor, "mask_generation", None) or {}
         self.options = MaskGenerationOptions().with_changes({**own, **options})
 
@@ -476,11 +487,11 @@ class _Crop:
         masks = masks[index]
         inside = masks > options.mask_threshold
         around = masks > options.mask_threshold - max(options.stability_score_offset, LOGIT_MARGIN)
-        good = inside.flatten(1).any(1)
+        good = around.flatten(1).any(1)
         if options.stability_score_thresh > 0:
-            stability = stability_scores(masks, options.mask_threshold, options.stability_score_offset)
+            stability = _largest_stability(masks, options.mask_threshold, options.stability_score_offset)
             small = around.flatten(1).sum(1) < STABILITY_CELLS
-            good &= small | (stability > options.stability_score_thresh - STABILITY_MARGIN)
+            good &= small | (stability > options.stability_score_thresh)
         index, masks, inside, around = index[good], masks[good], inside[good], around[good]
         candidates = _Candidates(
             scores=scores[index].cpu(),
@@ -560,6 +571,21 @@ class _Crop:
         """The mask without small holes and specks, if they are to go."""
         hole, speck = self.options.max_hole_area or 0, self.options.max_sprinkle_area or 0
         return _without_small_regions(mask, self.image_size, hole, speck) if hole or speck else mask
+
+
+def _largest_stability(logits: torch.Tensor, mask_threshold: float, offset: float) -> torch.Tensor:
+    """What the stability of masks at full size hardly exceeds: (M, h, w) -> (M).
+
+    Where a mask ends steeply, interpolation rises above its outermost cells, and those may belong to the smaller of
+    the two masks too. Of a large mask they are few; of a thin one all are. Cells near the lower cut lie on a gentle
+    slope, or too deep to rise so far.
+    """
+    larger = logits > mask_threshold - offset
+    rows = larger[:, :, :-2] & larger[:, :, 1:-1] & larger[:, :, 2:]
+    inner = F.pad(rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:], (1, 1, 1, 1))
+    rising = (logits > mask_threshold - offset / 2) & (logits <= mask_threshold + offset) & ~inner
+    share = rising.flatten(1).sum(1) / larger.flatten(1).sum(1).clamp(min=1)
+    return stability_scores(logits, mask_threshold, offset) + share.clamp(min=STABILITY_MARGIN)
 
 
 def _block_boxes(masks: torch.Tensor) -> torch.Tensor:
@@ -659,8 +685,9 @@ class EfficientSamMaskGenerationPipeline(MaskGenerationPipeline):
     """`pipeline("mask-generation")` on [`EfficientSamMaskGenerator`].
 
     It takes images as the stock pipeline does, arrays and tensors too, and every option of [`MaskGenerationOptions`];
-    unknown ones are a TypeError. With `batch_size` so many images pass the encoder together. A file is turned the way
-    its EXIF orientation says; a PIL image is taken in the pixels it has.
+    unknown ones are a TypeError. With `batch_size` so many images pass the encoder together. `num_workers` changes
+    nothing: images are decoded in this process. A file is turned the way its EXIF orientation says; a PIL image is
+    taken in the pixels it has.
     """
 
     def _sanitize_parameters(self, timeout: float | None = None, **options: Any) -> tuple[dict, dict, dict]:
@@ -671,16 +698,22 @@ class EfficientSamMaskGenerationPipeline(MaskGenerationPipeline):
         self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
     ) -> Iterator[dict[str, Any]]:
         """Results of images, one by one, computed in batches."""
-        images = (inputs[i] for i in range(len(inputs))) if hasattr(inputs, "__getitem__") else iter(inputs)
+        # Of the data sets of torch those read by index do not end by themselves, those read in order have no length.
+        images = iter(inputs) if isinstance(inputs, Iterable) else (inputs[i] for i in range(len(inputs)))
         while batch := list(islice(images, batch_size)):
             loaded = [self.preprocess(image, **preprocess_params) for image in batch]
             yield from self.postprocess(self.forward({"images": loaded}, **forward_params), **postprocess_params)
 
     def preprocess(self, image: Any, timeout: float | None = None) -> Any:
-        """Fetch a URL, decode base64 text; everything else is left to the image processor."""
-        if not isinstance(image, str) or os.path.isfile(image):
+        """Fetch a URL within `timeout` seconds, decode base64 text; everything else is left to the image processor.
+
+        Raises OSError if a URL cannot be read.
+        """
+        if not isinstance(image, str) or os.path.exists(image):
             return image
-        return load_image(image, timeout=timeout)
+        if image.startswith(("http://", "https://")):
+            return image if timeout is None else io.BytesIO(download(image, timeout))
+        return _decoded(image)
 
     def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
         return {
@@ -691,12 +724,32 @@ class EfficientSamMaskGenerationPipeline(MaskGenerationPipeline):
         return model_outputs["results"]
 
 
+def download(url: str, seconds: float = DOWNLOAD_SECONDS) -> bytes:
+    """Fetch a URL within so many seconds without an answer; OSError that names it and the reason."""
+    request = urllib.request.Request(url, headers={"User-Agent": "efficientsam-hf"})
+    try:
+        with urllib.request.urlopen(request, timeout=seconds) as response:
+            return response.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise OSError(f"cannot download {url}: {error}") from error
+
+
+def _decoded(text: str) -> io.BytesIO | str:
+    """The file that base64 text stands for; text that is something else, such as a path, as it is."""
+    data = text.partition(",")[2] if text.startswith("data:image/") else text
+    try:
+        return io.BytesIO(base64.b64decode("".join(data.split()), validate=True))
+    except ValueError:
+        return text
+
+
 __all__ = [
     "EfficientSamMaskGenerationPipeline",
     "EfficientSamMaskGenerator",
     "MaskGenerationOptions",
     "box_iou",
     "crop_boxes_of_layers",
+    "download",
     "grid_side",
     "layer_of_crop",
     "masks_to_boxes",
