@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from efficientsam_hf import EfficientSamModel, EfficientSamProcessor, default_checkpoint
 from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
-from efficientsam_hf.models.mask_generation_efficientsam import masks_to_boxes, point_grid
+from efficientsam_hf.models.mask_geometry_efficientsam import masks_to_boxes, point_grid
 
 
 SIDE = 1024

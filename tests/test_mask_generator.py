@@ -26,7 +26,8 @@ from efficientsam_hf import (
     default_checkpoint,
 )
 from efficientsam_hf.models import mask_generation_efficientsam as module
-from efficientsam_hf.models.mask_generation_efficientsam import MaskGenerationOptions, box_iou, masks_to_boxes
+from efficientsam_hf.models.mask_generation_efficientsam import MaskGenerationOptions
+from efficientsam_hf.models.mask_geometry_efficientsam import box_iou, masks_to_boxes
 from efficientsam_hf.models.rle_efficientsam import decode_rle
 
 

@@ -14,9 +14,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .mask_generation_efficientsam import (
+from .mask_generation_efficientsam import MaskGenerationOptions, download
+from .mask_geometry_efficientsam import (
     crop_boxes_of_layers,
-    download,
     grid_side,
     masks_to_boxes,
     near_crop_edge,
@@ -93,7 +93,8 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         image_mean, image_std (`list[float]`, *optional*):
             Mean and deviation of every channel; ImageNet's by default.
         mask_generation (`dict`, *optional*):
-            Options of segment-everything that suit the checkpoint, by the names of [`MaskGenerationOptions`].
+            Options of segment-everything that suit the checkpoint, by the names of [`MaskGenerationOptions`]; an
+            unknown one is a TypeError, a value that does not fit a ValueError.
     """
 
     model_input_names = ["pixel_values", "original_sizes", "reshaped_input_sizes"]
@@ -117,6 +118,7 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         self.image_mean = list(IMAGENET_DEFAULT_MEAN if image_mean is None else image_mean)
         self.image_std = list(IMAGENET_DEFAULT_STD if image_std is None else image_std)
         self.mask_generation = dict(mask_generation or {})
+        MaskGenerationOptions().with_changes(self.mask_generation)
 
     def preprocess(
         self,

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import MaskGenerationPipeline
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel
-from efficientsam_hf.models.mask_generation_efficientsam import (
+from efficientsam_hf.models.mask_geometry_efficientsam import (
     box_iou,
     crop_boxes_of_layers,
     layer_of_crop,
