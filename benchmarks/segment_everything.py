@@ -12,6 +12,11 @@ checkpoint, at 1024 pixels and with low thresholds, so that there are masks to f
 baseline: the prompt decoder of transformers' SamModel has the same work to do. `memory` starts a process for each grid
 and reads its peak. `others` encodes a picture and decodes 64 prompts by other promptable models of transformers, those
 that can be built here.
+
+Beside the seconds of each row stand the operations that were counted in it (two per multiply-add), the bytes that its
+operations read and wrote, and the seconds that this machine takes at least for either: products of matrices in the
+row's dtype at the rate measured at the start, copies at theirs. What is used again before it leaves the cache counts
+as bytes again, so a row can be faster than its bytes.
 """
 
 import argparse
@@ -21,15 +26,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
+from counted_work import Rates, Work, counting, measure_rates, synchronize
 from PIL import Image
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import MaskGenerationPipeline, SamConfig, SamModel
 
 from efficientsam_hf import (
@@ -111,42 +118,47 @@ def picture(args: argparse.Namespace) -> Image.Image:
         return image.convert("RGB").resize((1920, 1080))
 
 
-def take_turns(calls: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each call, one after the other, `repeats` times after a first time that does not count."""
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    times: dict[str, list[float]] = {name: [] for name in calls}
+@dataclass
+class Way:
+    """One way to do a piece of work; the first of several is what the others are held against."""
+
+    call: Callable[[], object]
+    dtype: str = "float32"
+    work: Work = field(default_factory=Work)
+    seconds: list[float] = field(default_factory=list)
+
+    def run(self, device: str, timed: bool = True, counted: bool = False) -> None:
+        synchronize(device)
+        start = time.perf_counter()
+        with counting(self.work) if counted else nullcontext():
+            self.call()
+        synchronize(device)
+        if timed:
+            self.seconds.append(time.perf_counter() - start)
+
+
+def take_turns(ways: dict[str, Way], repeats: int, device: str) -> None:
+    """Run each way after the other, `repeats` times after a first time in which its work is counted."""
     for turn in range(repeats + 1):
-        for name, call in calls.items():
-            synchronize()
-            start = time.perf_counter()
-            call()
-            synchronize()
-            if turn:
-                times[name].append(time.perf_counter() - start)
-    return times
+        for way in ways.values():
+            way.run(device, timed=turn > 0, counted=turn == 0 and not way.work.operations)
 
 
-def print_row(title: str, times: dict[str, list[float]], operations: float | None = None) -> list[dict]:
-    """Print what came out for one kind of work, the first call being the baseline; returns it too."""
-    base = next(iter(times.values()))
+def print_row(title: str, ways: dict[str, Way], rates: Rates) -> list[dict]:
+    """Print what came out for one kind of work; returns it too."""
+    base = next(iter(ways.values()))
     rows = []
-    for name, values in times.items():
-        row = {"work": title, "how": name, "seconds": statistics.median(values)}
-        row["speed_up"] = statistics.median(one / other for one, other in zip(base, values))
-        line = f"{title:<22}{name:<34}{row['seconds']:>9.3f} s{row['speed_up']:>8.2f}x"
-        if operations:
-            row["gflop_per_s"] = operations / row["seconds"] / 1e9
-            line += f"{row['gflop_per_s']:>8.0f} GFLOP/s of the baseline's work"
-        print(line, flush=True)
+    for name, way in ways.items():
+        seconds = statistics.median(way.seconds)
+        speed_up = statistics.median(one / other for one, other in zip(base.seconds, way.seconds))
+        least, copies = rates.limits(way.work, way.dtype)
+        row = {"work": title, "how": name, "seconds": seconds, "speed_up": speed_up, "dtype": way.dtype}
+        row |= {"operations": way.work.operations, "bytes": way.work.bytes}
+        row |= {"seconds_of_products": least, "seconds_of_copies": copies}
+        print(f"{title:<22}{name:<34}{seconds:>9.3f} s{speed_up:>8.2f}x{way.work.operations / 1e9:>10.1f} GFLOP"
+              f"{least:>9.3f} s{way.work.bytes / 1e9:>9.2f} GB{copies:>9.3f} s", flush=True)  # fmt: skip
         rows.append(row)
     return rows
-
-
-def count(call: Callable[[], object]) -> int:
-    """Floating-point operations of a call."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def variants(args: argparse.Namespace, trained: bool = False) -> dict[str, EfficientSamModel]:
@@ -155,33 +167,22 @@ def variants(args: argparse.Namespace, trained: bool = False) -> dict[str, Effic
     return {name: build(getattr(torch, name)).to(args.device) for name in args.dtypes}
 
 
-def measure_machine(args: argparse.Namespace) -> None:
-    """Matrix products and copies this machine does at best, which every row is to be held against."""
-    for name in args.dtypes:
-        dtype = getattr(torch, name)
-        a, b = (torch.randn(2048, 2048, device=args.device).to(dtype) for _ in range(2))
-        values = take_turns({"product": lambda a=a, b=b: a @ b}, 5, args.device)["product"]
-        print(f"matrix products in {name}: {2 * 2048**3 / min(values) / 1e9:.0f} GFLOP/s")
-    source = torch.zeros(64 * 2**20, device=args.device)
-    target = torch.empty_like(source)
-    values = take_turns({"copy": lambda: target.copy_(source)}, 5, args.device)["copy"]
-    print(f"copies: {2 * source.nbytes / min(values) / 1e9:.1f} GB/s read and written")
-
-
-def encoder_rows(args: argparse.Namespace) -> list[dict]:
+def encoder_rows(args: argparse.Namespace, rates: Rates) -> list[dict]:
     pixels = torch.randn(1, 3, SIZE, SIZE, device=args.device)
     baseline = build_model(args.preset, torch.float32, "eager").to(args.device)
-    calls = {"eager float32": lambda: baseline.get_image_embeddings(pixels)}
+    ways = {"eager float32": Way(lambda: baseline.get_image_embeddings(pixels))}
     for name, model in variants(args).items():
         own = pixels.to(model.dtype)
-        calls[f"fused {name}"] = lambda model=model, own=own: model.get_image_embeddings(own)
+        way = ways[f"fused {name}"] = Way(lambda model=model, own=own: model.get_image_embeddings(own), name)
         if args.compile:
             compiled = torch.compile(model.get_image_embeddings, fullgraph=True)
-            calls[f"fused {name}, compiled"] = lambda compiled=compiled, own=own: compiled(own)
-    return print_row("encoder", take_turns(calls, args.repeats, args.device), count(calls["eager float32"]))
+            # Its work is what the uncompiled way counts just before.
+            ways[f"fused {name}, compiled"] = Way(lambda call=compiled, own=own: call(own), name, way.work)
+    take_turns(ways, args.repeats, args.device)
+    return print_row("encoder", ways, rates)
 
 
-def prompt_rows(args: argparse.Namespace) -> list[dict]:
+def prompt_rows(args: argparse.Namespace, rates: Rates) -> list[dict]:
     rows = []
     baseline = RepeatedImage(build_model(args.preset, torch.float32, "eager").to(args.device))
     embeddings = torch.randn(1, 256, SIZE // 16, SIZE // 16, device=args.device)
@@ -190,44 +191,45 @@ def prompt_rows(args: argparse.Namespace) -> list[dict]:
         points = torch.rand(number, 1, 2, device=args.device) * (SIZE - 1)
         labels = torch.ones(number, 1, dtype=torch.long, device=args.device)
         batches = [(p[None], n[None]) for p, n in zip(points.split(AT_ONCE), labels.split(AT_ONCE))]
-        calls = {"image repeated, float32": lambda b=batches: [baseline(embeddings, *prompts) for prompts in b]}
+        ways = {"image repeated, float32": Way(lambda b=batches: [baseline(embeddings, *prompts) for prompts in b])}
         for name, decoder in decoders.items():
-            calls[f"plain path {name}"] = lambda m=decoder.model, b=batches: [
-                m.decode_prompts(embeddings, *prompts) for prompts in b
-            ]
-            calls[f"fast path {name}"] = lambda d=decoder, p=points, n=labels: d(p, n)
-        operations = count(next(iter(calls.values())))
-        rows += print_row(f"{number} prompts", take_turns(calls, args.repeats, args.device), operations)
+            ways[f"plain path {name}"] = Way(
+                lambda m=decoder.model, b=batches: [m.decode_prompts(embeddings, *prompts) for prompts in b], name
+            )
+            ways[f"fast path {name}"] = Way(lambda d=decoder, p=points, n=labels: d(p, n), name)
+        take_turns(ways, args.repeats, args.device)
+        rows += print_row(f"{number} prompts", ways, rates)
     return rows
 
 
-def everything_rows(args: argparse.Namespace) -> list[dict]:
-    """The baseline once, what is compared with it before and after."""
+def everything_rows(args: argparse.Namespace, rates: Rates) -> list[dict]:
+    """The baseline once, what is compared with it before and after; ours once more to count, which slows them."""
     image, processor = picture(args), EfficientSamImageProcessor(size=SIZE)
     options = {"points_per_crop": args.grid, **THRESHOLDS}
     baseline = RepeatedImage(build_model(args.preset, torch.float32, "eager", trained=True).to(args.device))
     baseline.device, baseline.dtype = torch.device(args.device), torch.float32
-    models = variants(args, trained=True)
     found: dict[str, int] = {}
 
     def stock() -> None:
         generate = _StockSteps(baseline, processor)
         found["stock"] = len(generate(image, **options)["masks"])
 
-    calls: dict[str, Callable[[], object]] = {"stock pipeline's steps, float32": stock}
-    for name, model in models.items():
+    ours = {}
+    for name, model in variants(args, trained=True).items():
         generator = EfficientSamMaskGenerator(model, processor, **options, output_type="coco_rle")
-        calls[f"generator {name}"] = lambda g=generator, n=name: found.update({n: len(g(image)["masks"])})
-    baseline_name, *ours = calls
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for name in (*ours, baseline_name, *ours):
-        start = time.perf_counter()
-        calls[name]()
-        times[name].append(time.perf_counter() - start)
-    times[baseline_name] *= 2
-    rows = print_row(f"everything, {args.grid}x{args.grid}", times)
+        ours[name] = Way(lambda g=generator, n=name: found.update({n: len(g(image)["masks"])}), name)
+    for way in ours.values():
+        way.run(args.device, timed=False, counted=True)
+        way.run(args.device)
+    first = Way(stock)
+    first.run(args.device, counted=True)
+    first.seconds *= 2
+    for way in ours.values():
+        way.run(args.device)
+    ways = {"stock pipeline's steps, float32": first} | {f"generator {name}": way for name, way in ours.items()}
+    rows = print_row(f"everything, {args.grid}x{args.grid}", ways, rates)
     print(f"masks found: {found}")
-    return [{**row, "masks": found[name]} for row, name in zip(rows, ("stock", *models))]
+    return [{**row, "masks": found[name]} for row, name in zip(rows, ("stock", *ours))]
 
 
 class _StockSteps:
@@ -261,7 +263,7 @@ class _StockSteps:
         return self.pipeline.postprocess(outputs, output_rle_mask=True)
 
 
-def memory_rows(args: argparse.Namespace) -> list[dict]:
+def memory_rows(args: argparse.Namespace, rates: Rates) -> list[dict]:
     """Peak memory over that of the loaded model, for grids of a quarter, all and four times the points."""
     rows = []
     for grid in (args.grid // 2, args.grid, 2 * args.grid):
@@ -298,29 +300,32 @@ def memory(kind: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
-def sam_rows(args: argparse.Namespace) -> list[dict]:
-    """64 prompts by transformers' SAM, whose decoder has the same size, beside the baseline."""
+def sam_rows(args: argparse.Namespace, rates: Rates) -> list[dict]:
+    """The prompts by transformers' SAM, whose decoder has the same size, beside the baseline."""
     baseline = RepeatedImage(build_model(args.preset, torch.float32, "eager").to(args.device))
     sam = SamModel(SamConfig(vision_config={"num_hidden_layers": 1})).to(args.device).eval()
     embeddings = torch.randn(1, 256, SIZE // 16, SIZE // 16, device=args.device)
     points = torch.rand(1, 64, 1, 2, device=args.device) * (SIZE - 1)
     labels = torch.ones(1, 64, 1, dtype=torch.long, device=args.device)
-    calls = {
-        "image repeated, float32": lambda: baseline(embeddings, points, labels),
-        "SamModel, float32": lambda: sam(image_embeddings=embeddings, input_points=points, input_labels=labels),
+    ways = {
+        "image repeated, float32": Way(lambda: baseline(embeddings, points, labels)),
+        "SamModel, float32": Way(
+            lambda: sam(image_embeddings=embeddings, input_points=points, input_labels=labels),
+        ),
     }
-    return print_row("64 prompts", take_turns(calls, min(args.repeats, 3), args.device))
+    take_turns(ways, min(args.repeats, 3), args.device)
+    return print_row("64 prompts", ways, rates)
 
 
-def other_rows(args: argparse.Namespace) -> list[dict]:
+def other_rows(args: argparse.Namespace, rates: Rates) -> list[dict]:
     """Other models of transformers beside ours, all with fused attention and random weights in float32."""
     pixels = torch.randn(1, 3, SIZE, SIZE, device=args.device)
     points = torch.rand(1, 64, 1, 2, device=args.device) * (SIZE - 1)
     labels = torch.ones(1, 64, 1, dtype=torch.long, device=args.device)
     ours = build_model(args.preset, torch.float32).to(args.device)
     decoder = EfficientSamFastDecoder(ours, ours.get_image_embeddings(pixels))
-    encode: dict[str, Callable[[], object]] = {"EfficientSAM": lambda: ours.get_image_embeddings(pixels)}
-    decode: dict[str, Callable[[], object]] = {"EfficientSAM": lambda: decoder(points[0], labels[0])}
+    encode = {"EfficientSAM": Way(lambda: ours.get_image_embeddings(pixels))}
+    decode = {"EfficientSAM": Way(lambda: decoder(points[0], labels[0]))}
     for name, (kind, config) in OTHERS.items():
         try:
             model = getattr(transformers, kind)(getattr(transformers, config)()).to(args.device).eval()
@@ -329,11 +334,13 @@ def other_rows(args: argparse.Namespace) -> list[dict]:
             continue
         prompts = {"input_points": points, "input_labels": labels}
         embeddings = model.get_image_embeddings(pixels)
-        encode[name] = partial(model.get_image_embeddings, pixels)
-        decode[name] = partial(model, image_embeddings=embeddings, **prompts)
-    repeats = min(args.repeats, 3)
-    encoded = print_row("encoder", take_turns(encode, repeats, args.device))
-    return encoded + print_row("64 prompts", take_turns(decode, repeats, args.device))
+        encode[name] = Way(partial(model.get_image_embeddings, pixels))
+        decode[name] = Way(partial(model, image_embeddings=embeddings, **prompts))
+    rows = []
+    for title, ways in (("encoder", encode), ("64 prompts", decode)):
+        take_turns(ways, min(args.repeats, 3), args.device)
+        rows += print_row(title, ways, rates)
+    return rows
 
 
 @torch.inference_mode()
@@ -346,13 +353,17 @@ def main() -> None:
     machine = describe_machine(torch.device(args.device))
     print(f"EfficientSAM-{args.preset.capitalize()} at {SIZE} px; torch {torch.__version__}, "
           f"transformers {transformers.__version__}, {machine}, {date}")  # fmt: skip
-    measure_machine(args)
+    rates = measure_rates(list(dict.fromkeys(["float32", *args.dtypes])), args.device)
+    for name, rate in rates.operations.items():
+        print(f"matrix products in {name}: {rate / 1e9:.0f} GFLOP/s")
+    print(f"copies: {rates.bytes / 1e9:.1f} GB/s read and written")
     measure = {"encoder": encoder_rows, "prompts": prompt_rows, "everything": everything_rows, "memory": memory_rows}
     measure |= {"sam": sam_rows, "others": other_rows}
-    rows = [row for name in args.rows for row in measure[name](args)]
+    rows = [row for name in args.rows for row in measure[name](args, rates)]
     if args.json:
         record = {
             "arguments": {**vars(args), "image": str(args.image)},
+            "rates": vars(rates),
             "rows": rows,
             "machine": machine,
             "date": date,

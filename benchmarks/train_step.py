@@ -2,20 +2,29 @@
 """Images/s of one training step by options, without data: `python benchmarks/train_step.py --compile --rounds 2`.
 
 Times forward, backward and optimiser apart, over `--steps` steps after two for warming up, and prints the medians;
-with `--scenes` also the time to render the batch. `--profile` prints the costliest operators of one step.
+with `--scenes` also the time to render the batch. `--profile` prints the costliest operators of one step. `--limits`
+holds the step against the device: its operations at the rate that products of matrices reach (model FLOPs utilisation,
+with nothing recomputed), the sum of its matrix products and of its attention, each timed by itself, and the time that
+five epochs of SA-1B would take on 8 and 64 such devices if they shared the work without loss. The recipe of the paper:
+    python benchmarks/train_step.py --image-size 1024 --batch-size 16 --objects 64 --rounds 3 --device cuda --limits
 """
 
 import argparse
+import copy
 import statistics
 import time
 
 import torch
+from counted_work import Apart, Work, counting, measure_rates
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamModel
 from efficientsam_hf.training.attention import use_matrix_products
 from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.optimizers import make_optimizers
 from efficientsam_hf.training.segmentation import InteractiveSegmentation, PromptSampling
+
+
+SA1B_PICTURES = 11_185_362
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,6 +44,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--scenes", action="store_true")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--limits", action="store_true")
     return parser.parse_args()
 
 
@@ -110,10 +120,46 @@ def time_scenes(args: argparse.Namespace) -> float:
     return statistics.median(times)
 
 
+def limits_of(args: argparse.Namespace) -> tuple[Work, dict[str, float]]:
+    """What is counted in a step, and the seconds of its products and of its attention by themselves.
+
+    Of a step without compilation: what is compiled can not be looked into.
+    """
+    plain = copy.copy(args)
+    plain.compile = False
+    step, work = Step(plain), Work()
+    step()
+    with counting(work):
+        step()
+    with Apart(args.device) as apart:
+        step()
+    return work, apart.seconds
+
+
+def print_limits(args: argparse.Namespace, seconds: float, work: Work, apart: dict[str, float]) -> None:
+    dtype = "float32" if args.float32 else "bfloat16"
+    rates = measure_rates([dtype], args.device)
+    least, _ = rates.limits(work, dtype)
+    print(f"{work.operations / 1e12:.3f} TFLOP a step, {work.bytes / 1e9:.1f} GB read and written")
+    print(f"products of matrices reach {rates.operations[dtype] / 1e12:.2f} TFLOP/s, at which the step would take "
+          f"{least:.3f} s: utilisation {least / seconds:.3f}")  # fmt: skip
+    both = sum(apart.values())
+    print(f"by themselves: products {apart['products']:.3f} s, attention {apart['attention']:.3f} s; "
+          f"the step takes {seconds / both:.2f} times their sum")  # fmt: skip
+    days = {number: 5 * SA1B_PICTURES * seconds / args.batch_size / number / 86400 for number in (8, 64)}
+    print(f"five epochs of SA-1B: {days[8]:.2f} days on 8 of these, {days[64]:.2f} on 64")
+    if torch.device(args.device).type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+
+
 def main() -> None:
     args = parse_arguments()
     if args.threads:
         torch.set_num_threads(args.threads)
+    limits = limits_of(args) if args.limits else None
+    if torch.device(args.device).type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     step = Step(args)
     start = time.perf_counter()
     step()
@@ -122,6 +168,8 @@ def main() -> None:
     parts = [statistics.median(times) for times in zip(*(step() for _ in range(args.steps)))]
     speed = args.batch_size / sum(parts)
     print(f"{speed:.2f} images/s; forward {parts[0]:.3f} s, backward {parts[1]:.3f} s, optimiser {parts[2]:.3f} s")
+    if limits:
+        print_limits(args, sum(parts), *limits)
     if args.scenes:
         print(f"rendering {time_scenes(args):.3f} s a batch")
     if args.profile:

@@ -49,6 +49,28 @@ def test_dice_loss_spans_nothing_to_everything() -> None:
     assert dice_loss(-sure, target).item() > 0.98
 
 
+def test_dice_loss_of_binary_targets_is_that_of_the_product() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 9, 9, generator=generator)
+    target = (torch.rand(3, 9, 9, generator=generator) < 0.4).float()
+    p = logits.sigmoid()
+    expected = 1 - (2 * (p * target).sum((1, 2)) + 1) / (p.sum((1, 2)) + target.sum((1, 2)) + 1)
+    torch.testing.assert_close(dice_loss(logits, target), expected)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_dice_loss_is_least_where_the_probability_is_the_share_of_a_cell(share) -> None:
+    """A column of whole cells and one of half covered ones, whose logit alone varies."""
+    target = torch.zeros(1, 6, 6)
+    target[..., 2], target[..., 3] = 1, share
+    candidates = torch.linspace(-6, 6, 241)
+    logits = ((target > 0.5).float() * 60 - 30).repeat(241, 1, 1)
+    logits[..., 3] = candidates[:, None]
+    loss = dice_loss(logits, target)
+    assert candidates[loss.argmin()].sigmoid().item() == pytest.approx(share, abs=0.02)
+    assert loss.min() < 1e-2
+
+
 def test_losses_stay_finite_at_extreme_logits() -> None:
     logits = torch.tensor([-1e4, 1e4]).repeat(2).view(1, 1, 1, 2, 2).expand(1, 1, 4, 2, 2).clone().requires_grad_()
     loss = segmentation_losses(logits, torch.zeros(1, 1, 4), torch.ones(1, 1, 2, 2), torch.ones(1, 1).bool())["loss"]
