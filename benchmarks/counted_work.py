@@ -7,12 +7,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 
 NOTHING_MOVED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like}
+RESIZING = {torch.ops.aten.upsample_bicubic2d, torch.ops.aten.upsample_bilinear2d}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
 ONLY_WRITTEN = {torch.ops.aten.copy_, torch.ops.aten.fill_, torch.ops.aten.zero_}
 
@@ -47,7 +48,8 @@ def counting(work: Work):
     counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
     with ExitStack() as stack:
         stack.enter_context(_Bytes(work))
-        stack.enter_context(counter)  # the first to be asked, and the one that takes operations apart
+        stack.enter_context(counter)  # takes composed operations apart
+        stack.enter_context(_Whole(work))  # the first to be asked
         yield
     work.operations += counter.get_total_flops()
 
@@ -60,10 +62,26 @@ class _Bytes(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        self.add(func, args, kwargs, result)
+        return result
+
+    def add(self, func, args, kwargs, result) -> None:
         if not func.is_view and func.overloadpacket not in NOTHING_MOVED:
             taken = args[1:] if func.overloadpacket in ONLY_WRITTEN else args
             tensors = [leaf for leaf in tree_leaves((taken, kwargs, result)) if isinstance(leaf, torch.Tensor)]
             self.work.bytes += sum(_touched(tensor) for tensor in tensors)
+
+
+class _Whole(_Bytes):
+    """Runs resizing as it runs without being counted: taken apart it would be a hundred slow operations."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.overloadpacket not in RESIZING:
+            return func(*args, **kwargs)
+        with _disable_current_modes():
+            result = func(*args, **kwargs)
+        self.add(func, args, kwargs, result)
         return result
 
 
