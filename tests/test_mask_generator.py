@@ -88,7 +88,9 @@ def test_masks_are_those_of_the_stock_pipeline(model, processor, generator, pict
         assert mask.shape == (150, 230) and iou(mask, other) > 0.99
 
 
-@pytest.mark.parametrize("changes", [{"MASKS_HELD": 3}, {"MASKS_AT_ONCE": 1}, {"IMAGES_AT_ONCE": 1}])
+@pytest.mark.parametrize(
+    "changes", [{"HELD_CELLS": 0}, {"HELD_CELLS": 9000}, {"MASKS_AT_ONCE": 1}, {"IMAGES_AT_ONCE": 1}]
+)
 def test_what_is_kept_in_memory_changes_nothing(generator, picture, monkeypatch, changes) -> None:
     expected = generator(picture, crops_n_layers=1)
     for name, value in changes.items():
@@ -293,15 +295,21 @@ def test_large_masks_that_are_not_stable_are_never_enlarged(monkeypatch) -> None
     assert generate_from(logits[None], [0.9], (900, 700), monkeypatch, stability_score_thresh=0.8)["masks"] == []
 
 
-def test_only_the_best_are_held(monkeypatch) -> None:
-    monkeypatch.setattr(module, "MASKS_HELD", 5)
-    held, scores = module._HeldLogits(), torch.tensor([0.5] * 8 + [0.9, 0.1, 0.8, 0.5])
-    for start, end in ((0, 3), (3, 8), (8, 12)):
-        held.add(torch.arange(start, end).float()[:, None, None].expand(-1, 2, 2), scores[:end])
-    kept = {number: held.get(number) for number in range(12)}
-    assert {number for number, logits in kept.items() if logits is not None} == {0, 1, 2, 8, 10}  # of equals the first
-    assert all((logits == number).all() for number, logits in kept.items() if logits is not None)
-    assert len(held.block) == 5
+def test_logits_are_held_until_the_memory_for_them_is_full(monkeypatch) -> None:
+    monkeypatch.setattr(module, "HELD_CELLS", 2 * 81 + 40)
+    masks = torch.arange(4.0)[:, None, None] + torch.rand(4, 64, 64, generator=torch.Generator().manual_seed(0))
+    windows = torch.tensor([[20, 30, 20, 30], [0, 0, 60, 60], [63, 63, 63, 63], [40, 10, 40, 10]])
+    held = module._HeldLogits()
+    held.add(masks[:1], windows[:1])
+    held.add(masks[1:], windows[1:])
+    held.sort([3, 2, 1, 0])
+    kept = [held.get(number) for number in range(4)]
+    assert kept[2] is None  # too large
+    for logits, old, cells in ((kept[0], 3, 81), (kept[1], 2, 25), (kept[3], 0, 81)):
+        rows, columns = module.cells_near(windows[old].tolist())
+        assert torch.equal(logits[rows, columns], masks[old, rows, columns])
+        assert logits.count_nonzero() == cells
+    assert len(held.block) == 2 * 81 + 40
 
 
 def test_cleaned_masks_have_no_small_regions(generator, picture) -> None:

@@ -16,6 +16,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .mask_generation_efficientsam import MaskGenerationOptions, download
 from .mask_geometry_efficientsam import (
+    cells_near,
     crop_boxes_of_layers,
     grid_side,
     masks_to_boxes,
@@ -222,7 +223,7 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         )
         columns = _resize_weights(logits.shape[1], size[1], logits.device)[x0:x1]
         rows = _resize_weights(logits.shape[0], size[0], logits.device)[y0:y1]
-        near_x, near_y = (slice(max(0, cells[axis] - 4), cells[axis + 2] + 5) for axis in (0, 1))
+        near_y, near_x = cells_near(cells)
         with torch.autocast(logits.device.type, enabled=False):
             window = rows[:, near_y] @ logits[near_y, near_x].float() @ columns[:, near_x].T
         return window, (x0, y0)

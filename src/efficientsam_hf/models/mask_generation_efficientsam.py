@@ -32,6 +32,7 @@ from transformers import MaskGenerationPipeline
 from .fast_decoding_efficientsam import EfficientSamFastDecoder
 from .mask_geometry_efficientsam import (
     box_iou,
+    cells_near,
     grid_side,
     masks_to_boxes,
     near_crop_edge,
@@ -42,7 +43,7 @@ from .rle_efficientsam import compress_counts, decode_rle, runs_to_counts, windo
 
 
 IMAGES_AT_ONCE = 8  # crops that the encoder takes in one batch
-MASKS_HELD = 256  # candidates whose logits are kept; those of lower score are decoded again when their turn comes
+HELD_CELLS = 2**25  # of candidates' logits that are kept; what finds no room is decoded again when its turn comes
 MASKS_AT_ONCE = 16  # candidates that are looked at before the next ones are suppressed
 STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack at least, where a mask has at least
 STABILITY_CELLS = 64  # so many cells; that of smaller ones says too little
@@ -172,29 +173,44 @@ class _Candidates:
 
 
 class _HeldLogits:
-    """Low-resolution logits of the MASKS_HELD candidates of highest score, in one block of memory."""
+    """Low-resolution logits of candidates: in one block of memory what each needs of them, until it is full."""
 
     def __init__(self):
         self.block = torch.empty(0)
-        self.places: dict[int, int] = {}  # number of a candidate -> row of the block
+        self.shape: tuple[int, int] = (0, 0)
+        self.used = self.count = 0
+        self.places: dict[int, tuple[int, slice, slice]] = {}  # candidate -> start in the block, rows, columns
 
-    def add(self, masks: torch.Tensor, scores: torch.Tensor) -> None:
-        """Take the newest candidates, (M, h, w), where `scores` (K) are those of all so far, these at the end."""
-        if self.block.shape[1:] != masks.shape[1:]:
-            self.block = masks.new_empty(MASKS_HELD, *masks.shape[1:])
-        first = len(scores) - len(masks)
-        best = scores.argsort(descending=True, stable=True)[:MASKS_HELD].tolist()
-        kept = set(best) & set(self.places)
-        self.places = {number: place for number, place in self.places.items() if number in kept}
-        free = sorted(set(range(MASKS_HELD)) - set(self.places.values()), reverse=True)
-        for number in best:
-            if number >= first:
-                self.places[number] = free.pop()
-                self.block[self.places[number]] = masks[number - first]
+    def add(self, masks: torch.Tensor, windows: torch.Tensor) -> None:
+        """Take the next candidates, (M, h, w), with the windows (M, 4) of cells that matter of them."""
+        if not len(self.block):
+            self.block, self.shape = masks.new_empty(HELD_CELLS), masks.shape[1:]
+        for mask, window in zip(masks, windows.tolist()):
+            rows, columns = cells_near(window)
+            part = mask[rows, columns]
+            if self.used + part.numel() <= len(self.block):
+                self.places[self.count] = self.used, rows, columns
+                self._part(self.count).copy_(part)
+                self.used += part.numel()
+            self.count += 1
+
+    def sort(self, order: list[int]) -> None:
+        """Number the candidates anew: the one that was order[i] becomes i."""
+        self.places = {new: self.places[old] for new, old in enumerate(order) if old in self.places}
 
     def get(self, number: int) -> torch.Tensor | None:
-        """(h, w), or None for one that is not held."""
-        return self.block[self.places[number]] if number in self.places else None
+        """(h, w), with zeros where nothing matters; None for one that is not held."""
+        if number not in self.places:
+            return None
+        logits = self.block.new_zeros(self.shape)
+        _, rows, columns = self.places[number]
+        logits[rows, columns] = self._part(number)
+        return logits
+
+    def _part(self, number: int) -> torch.Tensor:
+        start, rows, columns = self.places[number]
+        height, width = (len(range(*part.indices(side))) for part, side in zip((rows, columns), self.shape))
+        return self.block[start : start + height * width].view(height, width)
 
 
 @dataclass
@@ -356,7 +372,7 @@ class _Crop:
                 alive &= ~(_certain_iou(inner, outer, boxes[before:]) > threshold).any(1)
         return kept
 
-    def _candidates(self) -> tuple[_Candidates, list[torch.Tensor | None]]:
+    def _candidates(self) -> tuple[_Candidates, _HeldLogits]:
         """Every point's masks, filtered at low resolution, and their logits as far as they are held."""
         parts: list[_Candidates] = []
         held = _HeldLogits()
@@ -364,10 +380,11 @@ class _Crop:
         for start in range(0, len(self.points), batch):
             part, masks = self._filtered(start, min(start + batch, len(self.points)))
             parts.append(part)
-            held.add(masks, torch.cat([part.scores for part in parts]))
+            held.add(masks, part.windows)
         candidates = _Candidates.joined(parts)
         order = candidates.scores.argsort(descending=True, stable=True)
-        return candidates[order], [held.get(number) for number in order.tolist()]
+        held.sort(order.tolist())
+        return candidates[order], held
 
     def _filtered(self, start: int, end: int) -> tuple[_Candidates, torch.Tensor]:
         """What a part of the grid gives, and its logits (M, h, w)."""
@@ -402,10 +419,10 @@ class _Crop:
         masks, scores = self.decoder(points[:, None], labels)
         return masks[:, 1:], scores[:, 1:]
 
-    def _logits(self, candidates: _Candidates, turn: list[int], held: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    def _logits(self, candidates: _Candidates, turn: list[int], held: _HeldLogits) -> list[torch.Tensor]:
         """Low-resolution logits of some candidates; those that are not held are decoded again."""
-        missing = [index for index in turn if held[index] is None]
-        logits = {index: held[index] for index in turn}
+        logits = {index: held.get(index) for index in turn}
+        missing = [index for index in turn if logits[index] is None]
         if missing:
             masks, _ = self._decoded(self.points[candidates.points[missing].to(self.points.device)])
             for row, index in enumerate(missing):

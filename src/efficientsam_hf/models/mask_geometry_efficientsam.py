@@ -125,8 +125,18 @@ def non_maximum_suppression(boxes: torch.Tensor, scores: torch.Tensor, iou_thres
     return order[alive.to(order.device)]
 
 
+def cells_near(window: list[int]) -> tuple[slice, slice]:
+    """Rows and columns of low-resolution logits that resizing looks at for the first to last cells of a window.
+
+    Pixels up to two cells around the window are resized, and bicubic interpolation reaches two cells further.
+    """
+    x0, y0, x1, y1 = window
+    return slice(max(0, y0 - 4), y1 + 5), slice(max(0, x0 - 4), x1 + 5)
+
+
 __all__ = [
     "box_iou",
+    "cells_near",
     "crop_boxes_of_layers",
     "grid_side",
     "layer_of_crop",
