@@ -43,7 +43,7 @@ from .rle_efficientsam import compress_counts, decode_rle, runs_to_counts, windo
 
 
 IMAGES_AT_ONCE = 8  # crops that the encoder takes in one batch
-HELD_CELLS = 2**25  # of candidates' logits that are kept; what finds no room is decoded again when its turn comes
+HELD_CELLS = 2**26  # of candidates' logits that are kept; what finds no room is decoded again when its turn comes
 MASKS_AT_ONCE = 16  # candidates that are looked at before the next ones are suppressed
 STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack at least, where a mask has at least
 STABILITY_CELLS = 64  # so many cells; that of smaller ones says too little
