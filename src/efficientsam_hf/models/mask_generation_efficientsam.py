@@ -4,8 +4,8 @@
 The masks are those of the stock pipeline, which brings every mask to the size of the image and then filters. Here the
 order is another: predicted IoU and, with a margin, stability are judged at low resolution, chunk by chunk of the grid.
 What is left is then looked at from the highest score down, and only a mask that no better one is certain to suppress
-is brought to the size of the image, in the window that it covers. So memory depends neither on the grid nor, with run
-lengths as output, on the number of masks.
+is brought to the size of the image, in the window that it covers. So memory is bounded: by
+HELD_CELLS, a chunk and, with run lengths as output, little for each mask.
 
 Coordinates: points in model pixels for the model, boxes (x0, y0, x1, y1) of first and last pixels, of a crop or of the
 whole image as each docstring says; cells are the pixels of low-resolution logits.
