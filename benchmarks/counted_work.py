@@ -3,15 +3,20 @@
 
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 
+# torch knows the operations of fused attention on GPUs alone.
+OPERATIONS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        torch.ops.aten._scaled_dot_product_flash_attention
+    ]
+}
 NOTHING_MOVED = {torch.ops.aten._unsafe_view, torch.ops.aten.empty, torch.ops.aten.empty_like}
 RESIZING = {torch.ops.aten.upsample_bicubic2d, torch.ops.aten.upsample_bilinear2d}
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward"}
@@ -38,50 +43,31 @@ class Rates:
         return work.operations / self.operations[dtype], work.bytes / self.bytes
 
 
-@contextmanager
-def counting(work: Work):
-    """Add to `work` what is computed in the block.
+class counting(TorchDispatchMode):
+    """Adds to `work` what is computed in the block.
 
     Bytes are those of the tensors that operations take and give, each operation for itself, views left out: a tensor
     that stays in the cache counts as often as it is used, so that work may go faster than its bytes could be copied.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=_cpu_attention())
-    with ExitStack() as stack:
-        stack.enter_context(_Bytes(work))
-        stack.enter_context(counter)  # takes composed operations apart
-        stack.enter_context(_Whole(work))  # the first to be asked
-        yield
-    work.operations += counter.get_total_flops()
 
-
-class _Bytes(TorchDispatchMode):
     def __init__(self, work: Work):
         super().__init__()
         self.work = work
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if func.overloadpacket not in RESIZING:  # which in parts would be a hundred slow operations
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = func(*args, **kwargs)
-        self.add(func, args, kwargs, result)
-        return result
-
-    def add(self, func, args, kwargs, result) -> None:
         if not func.is_view and func.overloadpacket not in NOTHING_MOVED:
             taken = args[1:] if func.overloadpacket in ONLY_WRITTEN else args
             tensors = [leaf for leaf in tree_leaves((taken, kwargs, result)) if isinstance(leaf, torch.Tensor)]
             self.work.bytes += sum(_touched(tensor) for tensor in tensors)
-
-
-class _Whole(_Bytes):
-    """Runs resizing as it runs without being counted: taken apart it would be a hundred slow operations."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func.overloadpacket not in RESIZING:
-            return func(*args, **kwargs)
-        with _disable_current_modes():
-            result = func(*args, **kwargs)
-        self.add(func, args, kwargs, result)
+        if func.overloadpacket in OPERATIONS:
+            self.work.operations += OPERATIONS[func.overloadpacket](*args, **kwargs, out_val=result)
         return result
 
 
@@ -91,15 +77,6 @@ def _touched(tensor: torch.Tensor) -> int:
     for size, stride in zip(tensor.shape, tensor.stride()):
         number *= size if stride or not size else 1
     return number * tensor.element_size()
-
-
-def _cpu_attention() -> dict:
-    """torch counts fused attention on GPUs alone."""
-
-    def operations(query, key, value, *args, out_shape=None, **kwargs) -> int:
-        return sdpa_flop_count(query, key, value)
-
-    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: operations}
 
 
 class Apart(TorchDispatchMode):

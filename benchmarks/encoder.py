@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
+from counted_work import Work, counting, synchronize
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamVisionConfig, EfficientSamVisionModel
 from efficientsam_hf.machine import describe_machine
@@ -77,18 +77,18 @@ def count_operations(args: argparse.Namespace) -> int:
         model = EfficientSamVisionModel(EfficientSamConfig.from_preset(args.preset).vision_config).eval()
         model.set_attn_implementation("eager")
         pixels = torch.empty(args.batch_size, 3, args.image_size, args.image_size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    work = Work()
+    with counting(work), torch.no_grad():
         model(pixels)
-    return counter.get_total_flops()
+    return work.operations
 
 
 def seconds(call: Callable[[], torch.Tensor], device: str) -> float:
     """Wall time of one call, the device's work included."""
-    synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else lambda: None
-    synchronize()
+    synchronize(device)
     start = time.perf_counter()
     call()
-    synchronize()
+    synchronize(device)
     return time.perf_counter() - start
 
 

@@ -15,7 +15,7 @@ import statistics
 import time
 
 import torch
-from counted_work import Apart, Work, counting, measure_rates
+from counted_work import Apart, Work, counting, measure_rates, synchronize
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamModel
 from efficientsam_hf.training.attention import use_matrix_products
@@ -97,8 +97,7 @@ class Step:
         return times[1] - times[0], times[2] - times[1], times[3] - times[2]
 
     def _now(self) -> float:
-        if self.batch["masks"].is_cuda:
-            torch.cuda.synchronize()
+        synchronize(self.batch["masks"].device)
         return time.perf_counter()
 
 

@@ -26,8 +26,9 @@ from efficientsam_hf import (
     default_checkpoint,
 )
 from efficientsam_hf.models import mask_generation_efficientsam as module
+from efficientsam_hf.models.found_masks_efficientsam import FoundMask, suppress, without_small_regions
 from efficientsam_hf.models.mask_generation_efficientsam import MaskGenerationOptions
-from efficientsam_hf.models.mask_geometry_efficientsam import box_iou, masks_to_boxes
+from efficientsam_hf.models.mask_geometry_efficientsam import box_iou, cells_near, masks_to_boxes
 from efficientsam_hf.models.rle_efficientsam import decode_rle
 
 
@@ -159,11 +160,11 @@ def test_a_window_is_a_part_of_the_whole(size) -> None:
 # Holes and specks
 
 
-def found(mask: np.ndarray, x: int = 0, y: int = 0) -> module._FoundMask:
+def found(mask: np.ndarray, x: int = 0, y: int = 0) -> FoundMask:
     box = masks_to_boxes(torch.from_numpy(mask)[None])[0] + torch.tensor([x, y, x, y])
     x0, y0, x1, y1 = box.tolist()
     window = mask[y0 - y : y1 + 1 - y, x0 - x : x1 + 1 - x]
-    return module._FoundMask(window, [x0, y0, x1, y1], int(mask.sum()), 0.9, 0.9, [0.0, 0.0], 100)
+    return FoundMask(window, [x0, y0, x1, y1], int(mask.sum()), 0.9, 0.9, [0.0, 0.0], 100)
 
 
 def test_small_regions() -> None:
@@ -173,37 +174,37 @@ def test_small_regions() -> None:
     mask[8:12, 8:12] = False  # and one of 16
     mask[17, 17:19] = True  # a speck of 3 with the pixel that touches its corner
     mask[16, 16] = True
-    clean = module._without_small_regions(found(mask), (20, 20), 4, 3)
+    clean = without_small_regions(found(mask), (20, 20), 4, 3)
     assert clean.changed and clean.box == [2, 2, 13, 13] and clean.area == 144 - 16 == clean.window.sum()
     assert clean.window[2:4, 2:4].all() and not clean.window[6:10, 6:10].any()
-    untouched = module._without_small_regions(found(mask), (20, 20), 3, 2)
+    untouched = without_small_regions(found(mask), (20, 20), 3, 2)
     assert not untouched.changed and untouched.area == mask.sum()
     only_specks = np.zeros((20, 20), bool)
     only_specks[3, 3:5] = only_specks[9, 9] = True
-    kept = module._without_small_regions(found(only_specks), (20, 20), 0, 50)
+    kept = without_small_regions(found(only_specks), (20, 20), 0, 50)
     assert kept.box == [3, 3, 4, 3] and kept.area == 2
 
 
 def test_a_gap_at_the_edge_of_a_window_is_a_hole_only_where_the_image_ends() -> None:
     mask = np.ones((6, 6), bool)
     mask[0, 0] = mask[5, 5] = False
-    inside = module._without_small_regions(found(mask, 10, 10), (100, 100), 5, 0)
+    inside = without_small_regions(found(mask, 10, 10), (100, 100), 5, 0)
     assert not inside.changed
-    corner = module._without_small_regions(found(mask), (100, 100), 5, 0)
+    corner = without_small_regions(found(mask), (100, 100), 5, 0)
     assert corner.window[0, 0] and not corner.window[5, 5]
 
 
 def test_masks_that_changed_give_way() -> None:
     """Unchanged masks keep their threshold; smaller crops come first; of two alike the unchanged one stays."""
 
-    def at(box: list[int], score: float, crop_area: int = 100, changed: bool = False) -> module._FoundMask:
-        return module._FoundMask(None, box, 1, score, 1.0, [0.0, 0.0], crop_area, changed)
+    def at(box: list[int], score: float, crop_area: int = 100, changed: bool = False) -> FoundMask:
+        return FoundMask(None, box, 1, score, 1.0, [0.0, 0.0], crop_area, changed)
 
     near = [at([0, 0, 100, 100], 0.5), at([0, 0, 100, 80], 0.9), at([0, 0, 100, 100], 0.8, crop_area=50)]
-    by_crop = module._suppress(near, 0.7, lambda mask: (mask.crop_area, -mask.score))
+    by_crop = suppress(near, 0.7, lambda mask: (mask.crop_area, -mask.score))
     assert [(mask.score, mask.crop_area) for mask in by_crop] == [(0.8, 50)]
     alike = [at([0, 0, 100, 100], 0.9, changed=True), at([0, 0, 100, 99], 0.2)]
-    kept = module._suppress(alike, 0.7, lambda mask: (mask.changed, -mask.score))
+    kept = suppress(alike, 0.7, lambda mask: (mask.changed, -mask.score))
     assert [mask.score for mask in kept] == [0.2]
 
 
@@ -300,14 +301,12 @@ def test_logits_are_held_until_the_memory_for_them_is_full(monkeypatch) -> None:
     masks = torch.arange(4.0)[:, None, None] + torch.rand(4, 64, 64, generator=torch.Generator().manual_seed(0))
     windows = torch.tensor([[20, 30, 20, 30], [0, 0, 60, 60], [63, 63, 63, 63], [40, 10, 40, 10]])
     held = module._HeldLogits()
-    held.add(masks[:1], windows[:1])
-    held.add(masks[1:], windows[1:])
-    held.sort([3, 2, 1, 0])
-    kept = [held.get(number) for number in range(4)]
-    assert kept[2] is None  # too large
-    for logits, old, cells in ((kept[0], 3, 81), (kept[1], 2, 25), (kept[3], 0, 81)):
-        rows, columns = module.cells_near(windows[old].tolist())
-        assert torch.equal(logits[rows, columns], masks[old, rows, columns])
+    places = [*held.add(masks[:1], windows[:1]).tolist(), *held.add(masks[1:], windows[1:]).tolist()]
+    assert [place >= 0 for place in places] == [True, False, True, True]  # the second one is too large
+    for index, cells in ((0, 81), (2, 25), (3, 81)):
+        window = windows[index].tolist()
+        logits, near = held.get(places[index], window), cells_near(window)
+        assert torch.equal(logits[near], masks[index][near])
         assert logits.count_nonzero() == cells
     assert len(held.block) == 2 * 81 + 40
 

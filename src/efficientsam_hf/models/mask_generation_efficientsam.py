@@ -19,7 +19,7 @@ import math
 import numbers
 import os
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -30,16 +30,16 @@ import torch.nn.functional as F
 from transformers import MaskGenerationPipeline
 
 from .fast_decoding_efficientsam import EfficientSamFastDecoder
+from .found_masks_efficientsam import FoundMask, label_regions, suppress, without_small_regions
 from .mask_geometry_efficientsam import (
     box_iou,
     cells_near,
     grid_side,
     masks_to_boxes,
     near_crop_edge,
-    non_maximum_suppression,
     stability_scores,
 )
-from .rle_efficientsam import compress_counts, decode_rle, runs_to_counts, window_to_runs
+from .rle_efficientsam import compress_counts, decode_rle, runs_to_counts
 
 
 IMAGES_AT_ONCE = 8  # crops that the encoder takes in one batch
@@ -155,7 +155,8 @@ class _Candidates:
 
     `scores` (K) predicted IoU, `points` (K) and `tokens` (K) say which prompt and mask token gave a mask; `cores`
     (K, 4) and `windows` (K, 4) where it is in cells: those above the threshold in blocks of 2 x 2 (x1 < x0 where there
-    is none), and all down to LOGIT_MARGIN below it, or further where stability looks further.
+    is none), and all down to LOGIT_MARGIN below it, or further where stability looks further; `places` (K) where their
+    logits are held, -1 for those that are not.
     """
 
     scores: torch.Tensor
@@ -163,6 +164,7 @@ class _Candidates:
     tokens: torch.Tensor
     cores: torch.Tensor
     windows: torch.Tensor
+    places: torch.Tensor
 
     def __getitem__(self, index: torch.Tensor) -> "_Candidates":
         return _Candidates(*(value[index] for value in vars(self).values()))
@@ -178,63 +180,28 @@ class _HeldLogits:
     def __init__(self):
         self.block = torch.empty(0)
         self.shape: tuple[int, int] = (0, 0)
-        self.used = self.count = 0
-        self.places: dict[int, tuple[int, slice, slice]] = {}  # candidate -> start in the block, rows, columns
+        self.used = 0
 
-    def add(self, masks: torch.Tensor, windows: torch.Tensor) -> None:
-        """Take the next candidates, (M, h, w), with the windows (M, 4) of cells that matter of them."""
+    def add(self, masks: torch.Tensor, windows: torch.Tensor) -> torch.Tensor:
+        """Take logits (M, h, w) with the windows (M, 4) of cells that matter: -> (M) places for `get`, -1 for none."""
         if not len(self.block):
             self.block, self.shape = masks.new_empty(HELD_CELLS), masks.shape[1:]
+        places = []
         for mask, window in zip(masks, windows.tolist()):
-            rows, columns = cells_near(window)
-            part = mask[rows, columns]
-            if self.used + part.numel() <= len(self.block):
-                self.places[self.count] = self.used, rows, columns
-                self._part(self.count).copy_(part)
-                self.used += part.numel()
-            self.count += 1
+            part = mask[cells_near(window)].reshape(-1)
+            fits = self.used + len(part) <= len(self.block)
+            places.append(self.used if fits else -1)
+            if fits:
+                self.block[self.used : self.used + len(part)] = part
+                self.used += len(part)
+        return torch.tensor(places, dtype=torch.long)
 
-    def sort(self, order: list[int]) -> None:
-        """Number the candidates anew: the one that was order[i] becomes i."""
-        self.places = {new: self.places[old] for new, old in enumerate(order) if old in self.places}
-
-    def get(self, number: int) -> torch.Tensor | None:
-        """(h, w), with zeros where nothing matters; None for one that is not held."""
-        if number not in self.places:
-            return None
+    def get(self, place: int, window: list[int]) -> torch.Tensor:
+        """(h, w), with zeros where nothing matters."""
         logits = self.block.new_zeros(self.shape)
-        _, rows, columns = self.places[number]
-        logits[rows, columns] = self._part(number)
+        part = logits[cells_near(window)]
+        part.copy_(self.block[place : place + part.numel()].view_as(part))
         return logits
-
-    def _part(self, number: int) -> torch.Tensor:
-        start, rows, columns = self.places[number]
-        height, width = (len(range(*part.indices(side))) for part, side in zip((rows, columns), self.shape))
-        return self.block[start : start + height * width].view(height, width)
-
-
-@dataclass
-class _FoundMask:
-    """A mask at the size of the image: `window` (h, w) bool is what its box holds of it.
-
-    `box` is in pixels of the image. When nothing more is done to a mask, `runs` (see `window_to_runs`) take the place
-    of the window, which can be as large as the image.
-    """
-
-    window: np.ndarray | None
-    box: list[int]
-    area: int
-    score: float
-    stability: float
-    point: list[float]
-    crop_area: int
-    changed: bool = False
-    runs: np.ndarray | None = None
-
-    def packed(self, image_size: tuple[int, int]) -> "_FoundMask":
-        """The same as runs of the whole image."""
-        runs = window_to_runs(self.window, (self.box[0], self.box[1]), image_size)
-        return dataclasses.replace(self, window=None, runs=runs)
 
 
 class EfficientSamMaskGenerator:
@@ -281,7 +248,7 @@ class EfficientSamMaskGenerator:
         """
         chosen = self.options.with_changes(options)
         if chosen.max_hole_area or chosen.max_sprinkle_area:
-            _label_regions()
+            label_regions()
         if not isinstance(images, (list, tuple)):
             return self._generate([images], chosen)[0]
         starts = range(0, len(images), IMAGES_AT_ONCE)
@@ -315,17 +282,17 @@ class EfficientSamMaskGenerator:
 
     def _masks_of_image(self, boxes, points, embeddings: Iterator[torch.Tensor], options) -> dict[str, Any]:
         image_size = (int(boxes[0, 3]), int(boxes[0, 2]))
-        found: list[_FoundMask] = []
+        found: list[FoundMask] = []
         for index, box in enumerate(boxes.tolist()):
             embedding = next(embeddings)
             side = grid_side(index, options.points_per_crop, options.crop_n_points_downscale_factor)
             grid = points[0, : side**2, index].to(embedding.device)
             found += _Crop(self, embedding, grid, box, image_size, options).masks()
         if len(boxes) > 1:
-            found = _suppress(found, options.crops_nms_thresh, lambda mask: (mask.crop_area, -mask.score))
+            found = suppress(found, options.crops_nms_thresh, lambda mask: (mask.crop_area, -mask.score))
         if any(mask.changed for mask in found):
             threshold = max(options.nms_thresh, options.crops_nms_thresh)
-            found = _suppress(found, threshold, lambda mask: (mask.changed, -mask.score))
+            found = suppress(found, threshold, lambda mask: (mask.changed, -mask.score))
         return _result(found, image_size, options)
 
 
@@ -348,13 +315,13 @@ class _Crop:
         self.cells = (4 * embeddings.shape[2], 4 * embeddings.shape[3])
         self.patch_size = generator.model.config.vision_config.patch_size
 
-    def masks(self) -> list[_FoundMask]:
+    def masks(self) -> list[FoundMask]:
         """Masks that pass all filters and that no better one of this crop suppresses."""
         candidates, held = self._candidates()
         threshold = self.options.nms_thresh
         inner, outer = self._box_limits(candidates)
         alive = torch.ones(len(candidates.scores), dtype=torch.bool)
-        kept: list[_FoundMask] = []
+        kept: list[FoundMask] = []
         boxes = torch.empty(0, 4)
         while alive.any():
             turn = alive.nonzero()[:MASKS_AT_ONCE, 0].tolist()
@@ -378,16 +345,12 @@ class _Crop:
         held = _HeldLogits()
         batch = self.options.points_per_batch or len(self.points)
         for start in range(0, len(self.points), batch):
-            part, masks = self._filtered(start, min(start + batch, len(self.points)))
-            parts.append(part)
-            held.add(masks, part.windows)
+            parts.append(self._filtered(start, min(start + batch, len(self.points)), held))
         candidates = _Candidates.joined(parts)
-        order = candidates.scores.argsort(descending=True, stable=True)
-        held.sort(order.tolist())
-        return candidates[order], held
+        return candidates[candidates.scores.argsort(descending=True, stable=True)], held
 
-    def _filtered(self, start: int, end: int) -> tuple[_Candidates, torch.Tensor]:
-        """What a part of the grid gives, and its logits (M, h, w)."""
+    def _filtered(self, start: int, end: int, held: _HeldLogits) -> _Candidates:
+        """What a part of the grid gives."""
         options = self.options
         masks, scores = self._decoded(self.points[start:end])
         count = masks.shape[1]
@@ -404,14 +367,15 @@ class _Crop:
             small = around.flatten(1).sum(1) < STABILITY_CELLS
             good &= small | (stability > options.stability_score_thresh)
         index, masks, inside, around = index[good], masks[good], inside[good], around[good]
-        candidates = _Candidates(
+        windows = masks_to_boxes(around).cpu()
+        return _Candidates(
             scores=scores[index].cpu(),
             points=(start + index // count).cpu(),
             tokens=(index % count).cpu(),
             cores=_block_boxes(inside).cpu(),
-            windows=masks_to_boxes(around).cpu(),
+            windows=windows,
+            places=held.add(masks, windows),
         )
-        return candidates, masks
 
     def _decoded(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The candidates of each click: (Q, 2) -> logits (Q, M, h, w), predicted IoU (Q, M)."""
@@ -421,8 +385,12 @@ class _Crop:
 
     def _logits(self, candidates: _Candidates, turn: list[int], held: _HeldLogits) -> list[torch.Tensor]:
         """Low-resolution logits of some candidates; those that are not held are decoded again."""
-        logits = {index: held.get(index) for index in turn}
-        missing = [index for index in turn if logits[index] is None]
+        missing = [index for index in turn if candidates.places[index] < 0]
+        logits = {
+            index: held.get(int(candidates.places[index]), candidates.windows[index].tolist())
+            for index in turn
+            if index not in missing
+        }
         if missing:
             masks, _ = self._decoded(self.points[candidates.points[missing].to(self.points.device)])
             for row, index in enumerate(missing):
@@ -442,7 +410,7 @@ class _Crop:
         inner, outer = ((boxes + 0.5) * scale - 0.5 + origin for boxes in (candidates.cores, candidates.windows))
         return inner - outwards, (outer + outwards * (scale + 1)).clamp(origin, end)
 
-    def _exact_mask(self, candidates: _Candidates, index: int, logits: torch.Tensor) -> _FoundMask | None:
+    def _exact_mask(self, candidates: _Candidates, index: int, logits: torch.Tensor) -> FoundMask | None:
         """A candidate at the size of the crop; None if it is not stable there, empty, or at an inner edge."""
         options = self.options
         logits, (x, y) = self.image_processor.resize_window(logits, self.size, candidates.windows[index].tolist())
@@ -459,7 +427,7 @@ class _Crop:
             return None
         left, top = self.box[:2]
         x0, y0, x1, y1 = own[0].tolist()
-        return _FoundMask(
+        return FoundMask(
             window=mask[y0 : y1 + 1, x0 : x1 + 1].cpu().numpy(),
             box=(box[0] + torch.tensor([left, top] * 2)).tolist(),
             area=area,
@@ -478,10 +446,10 @@ class _Crop:
         )
         return [x + self.box[0], y + self.box[1]]
 
-    def _cleaned(self, mask: _FoundMask) -> _FoundMask:
+    def _cleaned(self, mask: FoundMask) -> FoundMask:
         """The mask without small holes and specks, if they are to go."""
         hole, speck = self.options.max_hole_area or 0, self.options.max_sprinkle_area or 0
-        return _without_small_regions(mask, self.image_size, hole, speck) if hole or speck else mask
+        return without_small_regions(mask, self.image_size, hole, speck) if hole or speck else mask
 
 
 def _largest_stability(logits: torch.Tensor, mask_threshold: float, offset: float) -> torch.Tensor:
@@ -516,56 +484,7 @@ def _certain_iou(inner: torch.Tensor, outer: torch.Tensor, boxes: torch.Tensor) 
     return shared / (most - shared).clamp(min=1e-6)
 
 
-def _label_regions() -> Callable[[np.ndarray], tuple[np.ndarray, int]]:
-    """A function that numbers the regions of a mask, corners joined: (H, W) bool -> (H, W) int, their number."""
-    try:
-        from scipy import ndimage
-    except ImportError:
-        raise ImportError(
-            "max_hole_area and max_sprinkle_area need scipy: pip install 'efficientsam-hf[regions]' or scipy"
-        ) from None
-    return lambda mask: ndimage.label(mask, np.ones((3, 3), bool))
-
-
-def _without_small_regions(mask: _FoundMask, image_size: tuple[int, int], max_hole: int, max_speck: int) -> _FoundMask:
-    """The mask with holes filled and specks removed; of a mask that is nothing but specks the largest stays."""
-    label = _label_regions()
-    x0, y0, x1, y1 = mask.box
-    # Beyond the window is background, unless the image ends there.
-    sides = ((int(y0 > 0), int(y1 + 1 < image_size[0])), (int(x0 > 0), int(x1 + 1 < image_size[1])))
-    cleaned = np.pad(mask.window, sides)
-    if max_hole:
-        labels, count = label(~cleaned)
-        small = np.bincount(labels.reshape(-1), minlength=count + 1) <= max_hole
-        small[0] = False
-        small[np.unique(labels[np.pad(np.zeros_like(mask.window), sides, constant_values=True)])] = False
-        cleaned |= small[labels]
-    if max_speck:
-        labels, count = label(cleaned)
-        areas = np.bincount(labels.reshape(-1), minlength=count + 1)
-        areas[0] = 0
-        small = areas <= max_speck
-        small[areas.argmax()] = False
-        cleaned &= ~small[labels]
-    (top, _), (left, _) = sides
-    cleaned = cleaned[top : top + mask.window.shape[0], left : left + mask.window.shape[1]]
-    if (cleaned == mask.window).all():
-        return mask
-    own = masks_to_boxes(torch.from_numpy(cleaned)[None])[0].tolist()
-    window = cleaned[own[1] : own[3] + 1, own[0] : own[2] + 1]
-    box = [own[0] + x0, own[1] + y0, own[2] + x0, own[3] + y0]
-    return dataclasses.replace(mask, window=window, box=box, area=int(np.count_nonzero(window)), changed=True)
-
-
-def _suppress(masks: list[_FoundMask], threshold: float, rank: Callable[[_FoundMask], Any]) -> list[_FoundMask]:
-    """Non-maximum suppression where masks of the lowest rank come first."""
-    ranked = sorted(masks, key=rank)
-    boxes = torch.tensor([mask.box for mask in ranked]).reshape(-1, 4)
-    kept = non_maximum_suppression(boxes, -torch.arange(len(ranked)).double(), threshold)
-    return [ranked[index] for index in kept.tolist()]
-
-
-def _result(masks: list[_FoundMask], image_size: tuple[int, int], options: MaskGenerationOptions) -> dict[str, Any]:
+def _result(masks: list[FoundMask], image_size: tuple[int, int], options: MaskGenerationOptions) -> dict[str, Any]:
     """What the generator returns for an image."""
     masks = sorted(masks, key=lambda mask: -(mask.score if options.sort_by == "score" else mask.area))
     result = {
@@ -583,7 +502,7 @@ def _result(masks: list[_FoundMask], image_size: tuple[int, int], options: MaskG
     return result
 
 
-def _encoded(mask: _FoundMask, image_size: tuple[int, int], output_type: str) -> np.ndarray | dict[str, Any]:
+def _encoded(mask: FoundMask, image_size: tuple[int, int], output_type: str) -> np.ndarray | dict[str, Any]:
     """A mask of the whole image: (H, W) bool, or its run lengths."""
     counts = runs_to_counts(mask.runs, image_size[0] * image_size[1])
     if output_type == "coco_rle":
