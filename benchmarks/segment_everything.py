@@ -56,6 +56,7 @@ OTHERS = {
     "Sam2Model, Hiera-T": ("Sam2Model", "Sam2Config"),
     "EdgeTamModel": ("EdgeTamModel", "EdgeTamConfig"),  # needs timm
 }
+DTYPES = ("float32", "bfloat16", "float16")
 SIZE = 1024
 AT_ONCE = 64  # prompts, as in the stock pipeline: 1,024 images of their own would not fit in 24 GB
 # Low enough that many of the shipped checkpoint's masks survive at a size that it was not trained at.
@@ -87,12 +88,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--grid", type=int, default=32, help="points per side")
     parser.add_argument("--repeats", type=int, default=5, help="turns of encoder and prompts; everything takes one")
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     parser.add_argument("--peak-of", type=int, metavar="GRID", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, values in (("prompts", args.prompts), ("repeats", [args.repeats]), ("grid", [args.grid])):
+        if min(values) < 1:
+            parser.error(f"--{name} must be at least 1, got {min(values)}")
+    if args.image and not args.image.is_file():
+        parser.error(f"--image {args.image} is no file")
+    return args
 
 
 def build_model(preset: str, dtype: torch.dtype, attention: str = "sdpa", trained: bool = False) -> EfficientSamModel:

@@ -45,7 +45,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--scenes", action="store_true")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--limits", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
+    return args
 
 
 def disc_batch(args: argparse.Namespace) -> dict[str, torch.Tensor]:
