@@ -2,6 +2,7 @@
 """The scripts in examples/ run as their first line says."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,9 @@ def test_sami_claim_in_parts(root: Path, tmp_path: Path) -> None:
     with Image.open(tmp_path / "out" / "losses.png") as curves:
         assert curves.width > curves.height
     again = example(root, "sami_claim.py", tmp_path / "out", *flags, "--ablations")
-    assert again.count("steps") == 4 * 2 and "seed_0/scratch" not in again
+    announced = re.findall(r"^.*seed_0/(\w+): \d+ steps$", again, re.MULTILINE)
+    changes = ("cosine_loss", "full_decoder", "half_masked", "pixel_target")
+    assert announced == [run for change in changes for run in (f"pretrain_{change}", change)]
+    assert "seed_0/scratch" not in again
     assert all(f"| {arm} | 0." in again for arm in ("mae", "sami", "cosine_loss", "full_decoder", "pixel_target"))
     assert "Less sami on the same prompts" in again
