@@ -14,6 +14,7 @@ from transformers import MaskGenerationPipeline
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel
 from efficientsam_hf.models.mask_geometry_efficientsam import (
     box_iou,
+    count_pixels,
     crop_boxes_of_layers,
     layer_of_crop,
     masks_to_boxes,
@@ -74,6 +75,14 @@ def test_masks_to_boxes(generator) -> None:
         expected = [columns.min(), rows.min(), columns.max(), rows.max()] if len(rows) else [0, 0, 0, 0]
         assert box == expected
     assert boxes.dtype == torch.int64
+
+
+def test_count_pixels(generator) -> None:
+    masks = torch.rand(5, 37, 61, generator=generator) > torch.tensor([0.0, 0.2, 0.5, 0.9, 1.0])[:, None, None]
+    expected = masks.flatten(1).sum(1)
+    assert torch.equal(count_pixels(masks), expected)
+    assert torch.equal(count_pixels(masks.transpose(1, 2)), expected)
+    assert count_pixels(masks[:0]).shape == (0,)
 
 
 def test_stability_scores(generator) -> None:

@@ -16,7 +16,9 @@ from torch import nn
 from .modeling_efficientsam import EfficientSamAttention, EfficientSamModel, place_pixels
 
 
-CPU_BYTES = 4 * 64 * 64 * 256 * 4  # of image tokens in a chunk: 4 prompts of 64 x 64 tokens of 256 float32 channels
+# Of image tokens in a chunk: 2 prompts of 64 x 64 tokens of 256 float32 channels. Upscaling makes twice as much of
+# them, which then stays below the 32 MiB from which glibc returns memory to the system after each use.
+CPU_BYTES = 2 * 64 * 64 * 256 * 4
 GPU_SHARE = 0.25  # part of a GPU's free memory that a chunk may take
 GPU_COPIES = 8  # tensors of the size of a prompt's image tokens that exist at once while it is decoded
 MOST_PROMPTS = 256  # in a chunk
@@ -64,6 +66,8 @@ class EfficientSamFastDecoder:
         self.first_queries = _heads(to_token.q_proj(placed), to_token)[0].transpose(1, 2)  # (H, d, N)
         norm = decoder.upscale_norm
         shape = (self.image.shape[1], 4, len(norm.weight))
+        children = torch.arange(16 * self.image.shape[1], device=image.device)[None, None, :, None]
+        self.child_of_pixel = place_pixels(children, self.grid_size).flatten()
         self.norm_weight, self.norm_bias = (p.to(dtype).expand(shape).contiguous() for p in (norm.weight, norm.bias))
 
     @torch.no_grad()
@@ -111,7 +115,9 @@ class EfficientSamFastDecoder:
         weights = torch.stack(
             [mlp(tokens[:, 1 + index]) for index, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=2
         )
-        masks = place_pixels((self._upscale(image) @ weights).unsqueeze(0), self.grid_size)[0]
+        # Rows of four logits are moved, where place_pixels moves single ones.
+        masks = (self._upscale(image) @ weights).index_select(1, self.child_of_pixel).transpose(1, 2)
+        masks = masks.reshape(*masks.shape[:2], *(4 * side for side in self.grid_size))
         return masks, decoder.iou_prediction_head(tokens[:, 0])
 
     def _transform(self, tokens: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:

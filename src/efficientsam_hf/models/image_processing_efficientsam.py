@@ -29,6 +29,7 @@ from .rle_efficientsam import decode_rle, mask_to_counts
 
 
 MASKS_AT_ONCE = 16  # full-size float32 masks in memory while the logits of a batch are resized
+PIXELS_AT_ONCE = 96  # of an axis that are interpolated by one product: more of them share few cells
 
 
 def open_image(source: Any, name: str = "image") -> Image.Image:
@@ -204,6 +205,7 @@ class EfficientSamImageProcessor(BaseImageProcessor):
             for image_masks, size in zip(masks, sizes, strict=True)
         ]
 
+    @torch.no_grad()
     def resize_window(
         self, logits: torch.Tensor, size: tuple[int, int], cells: list[int]
     ) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -221,11 +223,11 @@ class EfficientSamImageProcessor(BaseImageProcessor):
             _pixels_of(cells[axis], cells[axis + 2], *sides)
             for axis, sides in enumerate(zip(logits.shape[::-1], size[::-1]))
         )
-        columns = _resize_weights(logits.shape[1], size[1], logits.device)[x0:x1]
-        rows = _resize_weights(logits.shape[0], size[0], logits.device)[y0:y1]
         near_y, near_x = cells_near(cells)
         with torch.autocast(logits.device.type, enabled=False):
-            window = rows[:, near_y] @ logits[near_y, near_x].float() @ columns[:, near_x].T
+            window = logits[near_y, near_x].float()
+            window = _resize_axis(window.T, near_x.start, logits.shape[1], (x0, x1), size[1]).T
+            window = _resize_axis(window, near_y.start, logits.shape[0], (y0, y1), size[0])
         return window, (x0, y0)
 
     def generate_crop_boxes(
@@ -419,11 +421,33 @@ def _pixels_of(first: int, last: int, cells: int, pixels: int) -> tuple[int, int
     return start, max(start + 1, min(pixels, end + 1))
 
 
+def _resize_axis(values: torch.Tensor, first: int, cells: int, span: tuple[int, int], pixels: int) -> torch.Tensor:
+    """Bicubic interpolation from `cells` to `pixels` along the first axis, of pixels `span[0]` to before `span[1]`.
+
+    (n, m) float32 values of the cells from `first` on -> (span[1] - span[0], m). What is not among them is zero.
+    """
+    weights, reach = _resize_weights(cells, pixels, values.device)
+    start, end = span
+    result = values.new_empty(end - start, values.shape[1])
+    for pixel in range(start, end, PIXELS_AT_ONCE):
+        stop = min(pixel + PIXELS_AT_ONCE, end)
+        low, high = max(reach[pixel][0], first), min(reach[stop - 1][1] + 1, first + len(values))
+        high = max(low, high)
+        torch.mm(
+            weights[pixel:stop, low:high],
+            values[low - first : high - first],
+            out=result[pixel - start : stop - start],
+        )
+    return result
+
+
 @lru_cache(maxsize=16)
-def _resize_weights(cells: int, pixels: int, device: torch.device) -> torch.Tensor:
-    """Bicubic interpolation along one axis as a matrix: (pixels, cells) float32."""
+def _resize_weights(cells: int, pixels: int, device: torch.device) -> tuple[torch.Tensor, list[list[int]]]:
+    """Bicubic interpolation along one axis as a matrix, (pixels, cells) float32, and each pixel's outermost cells."""
     identity = torch.eye(cells, device=device)[None, None]
-    return F.interpolate(identity, size=(pixels, cells), mode="bicubic", align_corners=False)[0, 0]
+    weights = F.interpolate(identity, size=(pixels, cells), mode="bicubic", align_corners=False)[0, 0]
+    boxes = masks_to_boxes((weights != 0)[:, None])
+    return weights, boxes[:, ::2].tolist()
 
 
 __all__ = ["EfficientSamImageProcessor"]

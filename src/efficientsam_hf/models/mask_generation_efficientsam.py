@@ -34,6 +34,7 @@ from .found_masks_efficientsam import FoundMask, label_regions, suppress, withou
 from .mask_geometry_efficientsam import (
     box_iou,
     cells_near,
+    count_pixels,
     grid_side,
     masks_to_boxes,
     near_crop_edge,
@@ -359,13 +360,13 @@ class _Crop:
         if options.pred_iou_thresh > 0:
             index = index[scores > options.pred_iou_thresh]
         masks = masks[index]
-        inside = masks > options.mask_threshold
-        around = masks > options.mask_threshold - max(options.stability_score_offset, LOGIT_MARGIN)
-        good = around.flatten(1).any(1)
+        logits = masks.float()  # CPUs compare these many times as fast as bfloat16
+        inside = logits > options.mask_threshold
+        around = logits > options.mask_threshold - max(options.stability_score_offset, LOGIT_MARGIN)
+        cells = count_pixels(around)
+        good = cells > 0
         if options.stability_score_thresh > 0:
-            stability = _largest_stability(masks, options.mask_threshold, options.stability_score_offset)
-            small = around.flatten(1).sum(1) < STABILITY_CELLS
-            good &= small | (stability > options.stability_score_thresh)
+            good &= (cells < STABILITY_CELLS) | _may_be_stable(logits, options)
         index, masks, inside, around = index[good], masks[good], inside[good], around[good]
         windows = masks_to_boxes(around).cpu()
         return _Candidates(
@@ -418,7 +419,7 @@ class _Crop:
         if options.stability_score_thresh > 0 and not stability > options.stability_score_thresh:
             return None
         mask = logits > options.mask_threshold
-        area = int(mask.sum())
+        area = int(count_pixels(mask[None]))
         if not area:
             return None
         own = masks_to_boxes(mask[None]).cpu()
@@ -452,8 +453,18 @@ class _Crop:
         return without_small_regions(mask, self.image_size, hole, speck) if hole or speck else mask
 
 
-def _largest_stability(logits: torch.Tensor, mask_threshold: float, offset: float) -> torch.Tensor:
-    """What the stability of masks at full size hardly exceeds: (M, h, w) -> (M).
+def _may_be_stable(logits: torch.Tensor, options: MaskGenerationOptions) -> torch.Tensor:
+    """Whether masks can pass the limit of stability at full size: (M, h, w) float32 -> (M) bool."""
+    threshold, offset = options.mask_threshold, options.stability_score_offset
+    lacking = options.stability_score_thresh - stability_scores(logits, threshold, offset)
+    good = lacking < STABILITY_MARGIN
+    doubtful = (~good).nonzero()[:, 0]
+    good[doubtful] = lacking[doubtful] < _rising_share(logits[doubtful], threshold, offset)
+    return good
+
+
+def _rising_share(logits: torch.Tensor, mask_threshold: float, offset: float) -> torch.Tensor:
+    """What the stability of masks at full size hardly gains: (M, h, w) -> (M), a part of their cells.
 
     Where a mask ends steeply, interpolation rises above its outermost cells, and those may belong to the smaller of
     the two masks too. Of a large mask they are few; of a thin one all are. Cells near the lower cut lie on a gentle
@@ -463,8 +474,7 @@ def _largest_stability(logits: torch.Tensor, mask_threshold: float, offset: floa
     rows = larger[:, :, :-2] & larger[:, :, 1:-1] & larger[:, :, 2:]
     inner = F.pad(rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:], (1, 1, 1, 1))
     rising = (logits > mask_threshold - offset / 2) & (logits <= mask_threshold + offset) & ~inner
-    share = rising.flatten(1).sum(1) / larger.flatten(1).sum(1).clamp(min=1)
-    return stability_scores(logits, mask_threshold, offset) + share.clamp(min=STABILITY_MARGIN)
+    return count_pixels(rising) / count_pixels(larger).clamp(min=1)
 
 
 def _block_boxes(masks: torch.Tensor) -> torch.Tensor:
@@ -472,7 +482,7 @@ def _block_boxes(masks: torch.Tensor) -> torch.Tensor:
     blocks = masks[:, 1:, 1:] & masks[:, 1:, :-1] & masks[:, :-1, 1:] & masks[:, :-1, :-1]
     boxes = masks_to_boxes(blocks) + torch.tensor([0, 0, 1, 1], device=masks.device)
     nothing = torch.tensor([0, 0, -1, -1], device=masks.device)
-    return torch.where(blocks.flatten(1).any(1, keepdim=True), boxes, nothing)
+    return torch.where((count_pixels(blocks) > 0)[:, None], boxes, nothing)
 
 
 def _certain_iou(inner: torch.Tensor, outer: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

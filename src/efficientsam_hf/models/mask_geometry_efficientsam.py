@@ -6,6 +6,7 @@ Boxes are (x0, y0, x1, y1) of first and last pixels, of a crop or of the whole i
 
 import math
 
+import numpy as np
 import torch
 
 
@@ -57,17 +58,29 @@ def point_grid(points_per_side: int) -> torch.Tensor:
     return torch.cartesian_prod(steps, steps).flip(-1)
 
 
+def count_pixels(masks: torch.Tensor) -> torch.Tensor:
+    """Pixels of every mask: (M, H, W) bool -> (M) int64.
+
+    torch widens every pixel to eight bytes before it adds them up; numpy's count reads them as they are, many times as
+    fast.
+    """
+    if masks.device.type != "cpu":
+        return masks.flatten(1).sum(1)
+    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.long)
+
+
 def stability_scores(logits: torch.Tensor, mask_threshold: float, offset: float) -> torch.Tensor:
     """IoU of the masks cut at `mask_threshold` + and - `offset`: (M, H, W) -> (M), float32."""
-    smaller = (logits > mask_threshold + offset).flatten(1).sum(1)
-    larger = (logits > mask_threshold - offset).flatten(1).sum(1)
+    smaller = count_pixels(logits > mask_threshold + offset)
+    larger = count_pixels(logits > mask_threshold - offset)
     return smaller / larger.clamp(min=1)
 
 
 def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
     """First and last column and row of every mask: (M, H, W) bool -> (M, 4) int64 (x0, y0, x1, y1), empty ones 0."""
     height, width = masks.shape[1:]
-    columns, rows = masks.any(1), masks.any(2)
+    pixels = masks.view(torch.uint8)  # the largest of bytes is found many times as fast as any of bool
+    columns, rows = pixels.amax(1).bool(), pixels.amax(2).bool()
     x, y = torch.arange(width, device=masks.device), torch.arange(height, device=masks.device)
     boxes = torch.stack(
         [
@@ -137,6 +150,7 @@ def cells_near(window: list[int]) -> tuple[slice, slice]:
 __all__ = [
     "box_iou",
     "cells_near",
+    "count_pixels",
     "crop_boxes_of_layers",
     "grid_side",
     "layer_of_crop",
