@@ -143,15 +143,20 @@ def test_output_types(generator, picture) -> None:
         np.testing.assert_array_equal(decode_rle(packed), mask)
 
 
-@pytest.mark.parametrize("size", [(300, 180), (40, 260), (256, 256), (999, 70)])
+@pytest.mark.parametrize(
+    "size", [(300, 180), (40, 260), (256, 256), (999, 70), (192, 320), (320, 448), (320, 960), (64, 2), (9, 1)]
+)
 def test_a_window_is_a_part_of_the_whole(size) -> None:
+    """At odd multiples of the number of cells pixels lie on the centres of cells, and need no other ones."""
     processor = EfficientSamImageProcessor(size=256)
     logits = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     whole = processor.post_process_masks(logits[None, None, None], [size], binarize=False)[0][0, 0]
-    for cells in ([0, 0, 63, 63], [10, 20, 14, 21], [60, 0, 63, 3], [5, 5, 5, 5]):
+    for cells in ([0, 0, 63, 63], [10, 20, 14, 21], [60, 0, 63, 3], [5, 5, 5, 5], [3, 17, 51, 60], [31, 30, 34, 33]):
         window, (x, y) = processor.resize_window(logits, size, cells)
         part = whole[y : y + window.shape[0], x : x + window.shape[1]]
         torch.testing.assert_close(window, part, rtol=0, atol=2e-5)
+        if min(size) < 64 and not window.numel():
+            continue
         centres = [(cells[axis] + 0.5) / 64 * size[1 - axis % 2] for axis in range(4)]
         assert x <= centres[0] and y <= centres[1]
         assert x + window.shape[1] >= centres[2] and y + window.shape[0] >= centres[3]
@@ -584,3 +589,33 @@ def test_half_precision_gives_the_same_masks(model, processor, picture, generato
         partners = [max(others, key=lambda other: iou(mask, other)) for mask in masks]
         assert min(map(iou, masks, partners)) > 0.9
         assert iou(np.stack(masks), np.stack(partners)) >= 0.99
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 3), (2000, 1), (1, 2000)])
+def test_an_object_that_no_pixel_sees_is_no_mask(size, monkeypatch) -> None:
+    """Also where the threshold is below zero, which is what nothing looks like."""
+    logits = torch.full((1, 256, 256), -9.0)
+    logits[0, :8, :8] = 4.0
+    whole = EfficientSamImageProcessor(size=1024).post_process_masks(
+        logits[None, None], [size[::-1]], mask_threshold=-2.0
+    )[0]
+    result = generate_from(logits, [0.9], size, monkeypatch, mask_threshold=-2.0)
+    assert len(result["masks"]) == int(whole.any())
+    assert sum(int(mask.sum()) for mask in result["masks"]) == int(whole.sum())
+
+
+@pytest.mark.parametrize("size", [(8, 8), (16, 16), (24, 16)])
+def test_tiny_pictures_lose_no_stable_mask(size, monkeypatch) -> None:
+    """A pixel of theirs is many cells, of which the few above a threshold say little about stability."""
+    rows, columns = torch.meshgrid(torch.arange(256.0), torch.arange(256.0), indexing="ij")
+    generator, stable = torch.Generator().manual_seed(0), 0
+    for _ in range(40):
+        y, x, radius = (torch.rand(3, generator=generator) * torch.tensor([256, 256, 40])).tolist()
+        logits = ((radius - ((rows - y) ** 2 + (columns - x) ** 2).sqrt()) * 0.4).clamp(-12, 12)
+        stability, mask = full_stability(logits, size[::-1])
+        if not mask.any() or stability <= 0.01:
+            continue
+        stable += 1
+        result = generate_from(logits[None], [0.9], size, monkeypatch, stability_score_thresh=stability - 1e-3)
+        assert len(result["masks"]) == 1
+    assert stable > 10

@@ -21,6 +21,7 @@ class EfficientSamPredictor:
         self.processor = processor
         self.image_embedding: torch.Tensor | None = None
         self.original_size: tuple[int, int] | None = None
+        self._decoder: EfficientSamFastDecoder | None = None
 
     @torch.no_grad()
     def set_image(self, image: Any, image_format: str = "RGB") -> None:
@@ -47,7 +48,7 @@ class EfficientSamPredictor:
 
     def reset_image(self) -> None:
         """Forget the image."""
-        self.image_embedding = self.original_size = None
+        self.image_embedding = self.original_size = self._decoder = None
 
     @property
     def is_image_set(self) -> bool:
@@ -146,7 +147,9 @@ class EfficientSamPredictor:
         embedding = self.get_image_embedding()
         prompts = self._prompts_of_input(point_coords, point_labels, boxes, mask_input)
         if mask_input is None:
-            low, scores = EfficientSamFastDecoder(self.model, embedding)(**prompts)
+            if self._decoder is None or self._decoder.embeddings is not embedding:
+                self._decoder = EfficientSamFastDecoder(self.model, embedding)
+            low, scores = self._decoder(**prompts)
         else:
             decoded = self.model.decode_prompts(embedding, **{name: value[None] for name, value in prompts.items()})
             low, scores = decoded[0][0], decoded[1][0]

@@ -12,6 +12,7 @@ grows with the area of a row of tiles.
 """
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,9 @@ def segment_tiles(
 
 
 def check_tiles(tile: int, overlap: int) -> None:
-    """ValueError if tiles are too small or do not leave each other enough room."""
+    """ValueError if tiles are too small or do not leave each other enough room, TypeError for no whole numbers."""
+    if not isinstance(tile, numbers.Integral) or not isinstance(overlap, numbers.Integral):
+        raise TypeError(f"tile and its overlap must be whole numbers, got {tile!r} and {overlap!r}")
     if tile < SMALLEST_TILE or not 0 < overlap <= tile // 2:
         raise ValueError(
             f"tile must be at least {SMALLEST_TILE} pixels and its overlap from 1 to half of it, got {tile}, {overlap}"
@@ -106,7 +109,13 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 
 
 def label_image(masks: list[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
-    """One number for each pixel: (H, W) int32, 0 for none, i + 1 for mask i; smaller masks lie on larger ones."""
+    """One number for each pixel: (H, W) int32, 0 for none, i + 1 for mask i; smaller masks lie on larger ones.
+
+    `size` is (height, width) of the image; ValueError if a mask has another.
+    """
+    other = next((mask["size"] for mask in masks if tuple(mask["size"]) != tuple(size)), None)
+    if other is not None:
+        raise ValueError(f"size is {tuple(size)}, but a mask has {tuple(other)}")
     labels = np.zeros((size[1], size[0]), np.int32)  # run lengths go down the columns
     flat = labels.reshape(-1)
     runs = [_runs(mask) for mask in masks]
@@ -358,8 +367,8 @@ class _Parts:
         if common and not (pieces and all(self._disjoint(a, b) for a, b in pairs)):
             return
         self.parents[first] = second
-        for tile, numbers in self.tiles[first].items():
-            self.tiles[second].setdefault(tile, []).extend(numbers)
+        for tile, members in self.tiles[first].items():
+            self.tiles[second].setdefault(tile, []).extend(members)
 
     def _root(self, number: int) -> int:
         while self.parents[number] != number:

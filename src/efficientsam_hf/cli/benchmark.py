@@ -36,8 +36,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print a table, write the file."""
-    if args.repeats < 1 or args.points_per_crop < 1 or min(args.prompts) < 1:
-        raise ValueError("--repeats, --points-per-crop and --prompts must be at least 1")
+    given = {"--repeats": args.repeats, "--points-per-crop": args.points_per_crop, "--prompts": min(args.prompts)}
+    for flag, value in given.items():
+        if value < 1:
+            raise ValueError(f"{flag} must be at least 1, got {value}")
     image = read_image(args.image)
     if args.output:
         check_writable(Path(args.output).parent)

@@ -65,18 +65,31 @@ def generator_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def check(args: argparse.Namespace) -> None:
-    """`ValueError` for prompts beside --everything, and for its options without it."""
-    generator_options(args)
+    """`ValueError` for prompts beside --everything, and for its options where they are wrong or without it."""
+    options = generator_options(args)
+    if options.get("max_hole_area") or options.get("max_sprinkle_area"):
+        from ..models.found_masks_efficientsam import label_regions
+
+        label_regions()
     if args.tile is not None and not args.everything:
         raise ValueError("--tile is an option of --everything")
     if args.label_image and not args.everything:
         raise ValueError("--label-image is an option of --everything")
     if args.tile_overlap is not None and args.tile is None:
         raise ValueError("--tile-overlap is an option of --tile")
+    if args.tile is not None:
+        from ..tiles import check_tiles
+
+        check_tiles(args.tile, tile_overlap(args))
     if args.everything and (args.point or args.background or args.box or args.mask or args.each_point):
         raise ValueError("--everything takes no prompts")
     if args.everything and args.all_masks:
         raise ValueError("--all-masks is for prompts: --everything keeps every mask that is good")
+
+
+def tile_overlap(args: argparse.Namespace) -> int:
+    """Pixels that tiles share."""
+    return args.tile // 8 if args.tile_overlap is None else args.tile_overlap
 
 
 @contextmanager
@@ -94,14 +107,11 @@ def large_pictures(args: argparse.Namespace) -> Iterator[None]:
 def run(args: argparse.Namespace, image: Image.Image) -> int:
     """Segment, write overlay.png and masks.json, print what came out."""
     from .. import EfficientSamMaskGenerator
-    from ..tiles import check_tiles, label_image, segment_tiles
+    from ..tiles import label_image, segment_tiles
 
     folder = Path(args.output)
     check_writable(folder)
     options = generator_options(args)
-    overlap = args.tile // 8 if args.tile and args.tile_overlap is None else args.tile_overlap
-    if args.tile is not None:
-        check_tiles(args.tile, overlap)
     model, processor = load_model(args.model, args)
     if not hasattr(model, "decode_prompts"):
         raise ValueError(f"--everything is for EfficientSAM models, {args.model} holds a {type(model).__name__}")
@@ -109,7 +119,7 @@ def run(args: argparse.Namespace, image: Image.Image) -> int:
     if args.tile is None:
         result = generator(image)
     else:
-        result = segment_tiles(generator, image, args.tile, overlap, progress=True)
+        result = segment_tiles(generator, image, args.tile, tile_overlap(args), progress=True)
     records = _records(result)
     write_json(folder / "masks.json", {"image": args.image, "size": [image.height, image.width], "objects": records})
     write_png(

@@ -83,9 +83,9 @@ class EfficientSamFastDecoder:
         errors are raised.
         """
         prompts = [None if p is None else p.unsqueeze(0) for p in (input_points, input_labels, input_boxes)]
+        prompts[1] = self.model._check_prompts(self.embeddings, *prompts, None)
         if not self.is_plain:
             return self._decode_plainly(prompts)
-        prompts[1] = self.model._check_prompts(self.embeddings, *prompts, None)
         patch = self.model.config.vision_config.patch_size
         size = (self.grid_size[0] * patch, self.grid_size[1] * patch)
         tokens, mask = self.model.prompt_encoder(*prompts, size)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -52,7 +52,7 @@ def open_image(source: Any, name: str = "image") -> Image.Image:
         raise TypeError(f"{name} is a {type(source).__name__}, expected a path, a URL or a PIL image")
     try:
         if opened:
-            return _upright_rgb(source, shown)
+            return _upright_rgb(source, shown).copy()
         with Image.open(source) as image:
             return _upright_rgb(image, shown)
     except FileNotFoundError:
@@ -70,7 +70,9 @@ def open_image(source: Any, name: str = "image") -> Image.Image:
 def _upright_rgb(image: Image.Image, shown: str) -> Image.Image:
     check_picture(image, shown)
     image.load()
-    return ImageOps.exif_transpose(image).convert("RGB")
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return image if image.mode == "RGB" else image.convert("RGB")  # each would copy a picture that needs nothing
 
 
 def check_picture(image: Image.Image, shown: str) -> None:
@@ -218,6 +220,7 @@ class EfficientSamImageProcessor(BaseImageProcessor):
 
         Returns:
             (h', w') float32 logits of the image's pixels up to two cells around those, and (x, y) of the first pixel.
+            In an image smaller than the logits there may be none.
         """
         (x0, x1), (y0, y1) = (
             _pixels_of(cells[axis], cells[axis + 2], *sides)
@@ -417,8 +420,8 @@ def _pixels_of(first: int, last: int, cells: int, pixels: int) -> tuple[int, int
     """Range of pixels whose centres are not more than two cells away from cells `first` to `last`."""
     scale = pixels / cells
     start, end = math.ceil((first - 1.5) * scale - 0.5), math.floor((last + 2.5) * scale - 0.5)
-    start = max(0, min(start, pixels - 1))  # at least one pixel, however few there are
-    return start, max(start + 1, min(pixels, end + 1))
+    start = max(0, start)
+    return start, max(start, min(pixels, end + 1))
 
 
 def _resize_axis(values: torch.Tensor, first: int, cells: int, span: tuple[int, int], pixels: int) -> torch.Tensor:
@@ -426,13 +429,13 @@ def _resize_axis(values: torch.Tensor, first: int, cells: int, span: tuple[int, 
 
     (n, m) float32 values of the cells from `first` on -> (span[1] - span[0], m). What is not among them is zero.
     """
-    weights, reach = _resize_weights(cells, pixels, values.device)
+    weights = _resize_weights(cells, pixels, values.device)
     start, end = span
     result = values.new_empty(end - start, values.shape[1])
     for pixel in range(start, end, PIXELS_AT_ONCE):
         stop = min(pixel + PIXELS_AT_ONCE, end)
-        low, high = max(reach[pixel][0], first), min(reach[stop - 1][1] + 1, first + len(values))
-        high = max(low, high)
+        low = max(_first_cell(pixel, cells, pixels), first)
+        high = max(low, min(_first_cell(stop - 1, cells, pixels) + 4, first + len(values)))
         torch.mm(
             weights[pixel:stop, low:high],
             values[low - first : high - first],
@@ -441,13 +444,16 @@ def _resize_axis(values: torch.Tensor, first: int, cells: int, span: tuple[int, 
     return result
 
 
+def _first_cell(pixel: int, cells: int, pixels: int) -> int:
+    """The first of the four cells that a pixel is interpolated from, where the outermost stand for those beyond."""
+    return max(0, min(math.floor((pixel + 0.5) * cells / pixels - 0.5) - 1, cells - 4))
+
+
 @lru_cache(maxsize=16)
-def _resize_weights(cells: int, pixels: int, device: torch.device) -> tuple[torch.Tensor, list[list[int]]]:
-    """Bicubic interpolation along one axis as a matrix, (pixels, cells) float32, and each pixel's outermost cells."""
+def _resize_weights(cells: int, pixels: int, device: torch.device) -> torch.Tensor:
+    """Bicubic interpolation along one axis as a matrix: (pixels, cells) float32."""
     identity = torch.eye(cells, device=device)[None, None]
-    weights = F.interpolate(identity, size=(pixels, cells), mode="bicubic", align_corners=False)[0, 0]
-    boxes = masks_to_boxes((weights != 0)[:, None])
-    return weights, boxes[:, ::2].tolist()
+    return F.interpolate(identity, size=(pixels, cells), mode="bicubic", align_corners=False)[0, 0]
 
 
 __all__ = ["EfficientSamImageProcessor"]

@@ -47,7 +47,7 @@ IMAGES_AT_ONCE = 8  # crops that the encoder takes in one batch
 HELD_CELLS = 2**26  # of candidates' logits that are kept; what finds no room is decoded again when its turn comes
 MASKS_AT_ONCE = 16  # candidates that are looked at before the next ones are suppressed
 STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack at least, where a mask has at least
-STABILITY_CELLS = 64  # so many cells; that of smaller ones says too little
+STABILITY_CELLS = 64  # so many cells, each no smaller than a pixel; that of smaller ones says too little
 LOGIT_MARGIN = 1.0  # how far below the threshold low-resolution logits can lie and rise above it by interpolation
 DOWNLOAD_SECONDS = 30
 OUTPUT_TYPES = ("bool", "rle", "coco_rle")
@@ -314,6 +314,7 @@ class _Crop:
         self.points, self.box, self.image_size, self.options = points, box, image_size, options
         self.size = (box[3] - box[1], box[2] - box[0])
         self.cells = (4 * embeddings.shape[2], 4 * embeddings.shape[3])
+        self.cells_per_pixel = max(1.0, math.prod(self.cells) / math.prod(self.size))
         self.patch_size = generator.model.config.vision_config.patch_size
 
     def masks(self) -> list[FoundMask]:
@@ -366,7 +367,7 @@ class _Crop:
         cells = count_pixels(around)
         good = cells > 0
         if options.stability_score_thresh > 0:
-            good &= (cells < STABILITY_CELLS) | _may_be_stable(logits, options)
+            good &= (cells < STABILITY_CELLS * self.cells_per_pixel) | _may_be_stable(logits, options)
         index, masks, inside, around = index[good], masks[good], inside[good], around[good]
         windows = masks_to_boxes(around).cpu()
         return _Candidates(
