@@ -423,6 +423,22 @@ def test_evaluate_compares_models(coco: list[str], model_folder: str, tmp_path: 
     assert printed.count(model_folder) == 4 and "uniform:3" in printed and "+0.0000" in printed
 
 
+def test_what_is_measured_outlives_a_model_that_cannot_be_loaded(
+    coco: list[str], model_folder: str, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "broken").mkdir()
+    output = tmp_path / "metrics.json"
+    models = ["evaluate", model_folder, str(tmp_path / "broken"), "--device", "cpu"]
+    assert main([*models, *coco, "--prompts", "box", "--output", str(output)]) == 2
+    assert "broken" in capsys.readouterr().err
+    assert [record["model"] for record in json.loads(output.read_text())["models"]] == [model_folder]
+
+
+def test_options_are_written_out(capsys) -> None:
+    """Or a new option would change what an old command line means."""
+    assert "unrecognized arguments: --every" in refused(["segment", "x.png", "--every"], capsys)
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 def test_evaluate_measures_average_precision(coco: list[str], model_folder: str, tmp_path: Path, capsys) -> None:
     output = tmp_path / "ap.json"

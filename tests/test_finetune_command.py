@@ -173,6 +173,13 @@ def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.Capt
         (["--train-scenes", "--horizontal-flip", "0.5"], "for annotated pictures"),
         (["--train-scenes", "--crops"], "for annotated pictures"),
         (["--train-scenes", "--stream"], "train_dataset, which is not given"),
+        (["--train-scenes", "--model-overrides", "{a: b"], "model_overrides must be a YAML mapping, got '{a: b'"),
+        (["--train-scenes", "--model-overrides", "{visoin_config: {}}"], "EfficientSamConfig has no visoin_config"),
+        (
+            ["--train-scenes", "--model-overrides", "{vision_config: {hidden_sise: 48}}"],
+            "model_overrides: EfficientSamVisionConfig has no hidden_sise",
+        ),
+        (["--train-scenes", "--model-overrides", "{vision_config: 3}"], "of EfficientSamVisionConfig too, got"),
         (["--train-scenes", "--train-limit", "3"], "train_limit is for pictures that are stored"),
         (
             ["--train-scenes", "--evaluate-scenes", "1", "--best-metric", "scenes/boxx"],

@@ -64,3 +64,13 @@ def test_more_prompts_than_the_checkpoint_takes(shares: dict[str, float], rounds
     with pytest.raises(ValueError, match=f"prompt_rounds {rounds} gives objects up to 7 prompt tokens .* takes 6"):
         check_prompt_tokens(model, PromptSampling(rounds=rounds, **shares))
     check_prompt_tokens(tiny_model(), PromptSampling(rounds=rounds, **shares))
+
+
+def test_a_checkpoint_without_some_weights_is_refused(folder: Path, tmp_path: Path) -> None:
+    """transformers would fill them with random numbers."""
+    model = EfficientSamModel.from_pretrained(folder)
+    state = {name: value for name, value in model.state_dict().items() if not name.startswith("mask_decoder.")}
+    model.save_pretrained(tmp_path / "cut", state_dict=state)
+    for changes in ({}, {"background_points": True}):
+        with pytest.raises(ValueError, match=r"model: the weights of .*cut are not those .* such as mask_decoder\."):
+            load_with_inputs(str(tmp_path / "cut"), changes)

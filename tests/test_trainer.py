@@ -30,7 +30,7 @@ from efficientsam_hf.training.arguments import (
 from efficientsam_hf.training.checkpoints import list_checkpoints
 from efficientsam_hf.training.ema import WeightAverage
 from efficientsam_hf.training.finetune_arguments import FinetuneArguments
-from efficientsam_hf.training.run_folder import open_run
+from efficientsam_hf.training.run_folder import RunLog, open_run
 from efficientsam_hf.training.schedule import (
     Due,
     Stage,
@@ -223,9 +223,17 @@ def uneven_batches(count: int):
     return source
 
 
-def test_every_object_counts_alike_in_whichever_batch_it_comes(tmp_path) -> None:
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_every_object_counts_alike_in_whichever_batch_it_comes(tmp_path, monkeypatch, rounds: int) -> None:
     """Accumulation over batches of few and of many objects equals the batch of all of them."""
-    boxes = PromptSampling(uniform=0, center=0, box=1, box_and_point=0, box_noise=0, rounds=1)  # no chance in them
+    # No chance in the prompts: boxes, and corrections that do not click.
+    boxes = PromptSampling(
+        uniform=0, center=0, box=1, box_and_point=0, box_noise=0, rounds=rounds, corrected_objects=1, mask_prompts=0
+    )
+    nowhere = lambda answer, cells, *args, **kwargs: (  # noqa: E731
+        torch.zeros(*cells.shape[:2], 2), torch.full(cells.shape[:2], -1)
+    )  # fmt: skip
+    monkeypatch.setattr("efficientsam_hf.data.prompts.error_points", nowhere)
     for name, count in (("whole", 1), ("parts", 2)):
         module = InteractiveSegmentation(tiny_model(), sampling=boxes)
         settings = {"image_sizes": "64", "max_steps": 1, "batch_size": 4 // count, "gradient_accumulation": count}
@@ -410,6 +418,53 @@ def test_the_model_of_the_best_evaluation_is_kept(tmp_path) -> None:
     train(tmp_path / "run", evaluate, evaluate_every=5)
     assert torch.equal(weights(tmp_path / "run" / "best_model")["linear.weight"], seen[1])
     assert not torch.equal(seen[1], seen[3])
+
+
+def test_a_kill_between_best_model_and_its_checkpoint_leaves_them_agreeing(tmp_path, monkeypatch) -> None:
+    """The best model says itself of which evaluation it is, and the run goes on from what it says."""
+    run = tmp_path / "run"
+
+    class Killed(BaseException):
+        pass
+
+    save = Trainer._save
+
+    def killed(self):
+        if self.best is not None and self.best["step"] == 10:
+            raise Killed
+        save(self)
+
+    def evaluate(values):
+        return lambda module: {"miou": next(values)}
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "_save", killed)
+        train(run, evaluate(iter([0.1, 0.9])), evaluate_every=5, checkpoint_every=4)
+    assert [path.name for path in list_checkpoints(run)][-1] == "step_8"
+    best = weights(run / "best_model")["linear.weight"]
+    summary = train(run, evaluate(iter([0.8, 0.3, 0.2])), evaluate_every=5, checkpoint_every=4, resume=True)
+    assert summary["best"] == {"step": 10, "metric": "miou", "value": 0.9}
+    assert torch.equal(weights(run / "best_model")["linear.weight"], best)
+    assert json.loads((run / "best_model/best.json").read_text())["images"] == 10 * 4
+
+
+def test_a_run_that_was_killed_in_its_first_moment_can_begin_again(tmp_path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / ".partial-1-args.json").write_text("{")
+    assert train(tmp_path / "run")["steps"] == 20
+
+
+def test_a_torn_line_of_the_log_costs_that_line(tmp_path) -> None:
+    train(tmp_path / "run", max_steps=4)
+    path = tmp_path / "run" / "log.jsonl"
+    with path.open("a") as file:
+        file.write('{"event": "skipped", "sample": 3, "rea')
+    run_log = RunLog(path)
+    run_log("skipped", sample=5)
+    run_log("skipped", sample=5)
+    assert run_log.count_skipped() == 1
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)["sample"] for line in lines[-2:]] == [5, 5]
 
 
 def test_a_last_evaluation_that_fails_costs_nothing(tmp_path) -> None:

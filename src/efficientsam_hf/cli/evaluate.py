@@ -121,6 +121,8 @@ def _evaluate(args: argparse.Namespace, write: bool) -> int:
         result.record |= {"seconds": round(time.perf_counter() - start, 1), **_describe_run(args, name, model)}
         results.append(result)
         print(f"{name}\n{result.table}" if len(args.models) > 1 else result.table)
+        if args.output and write and len(args.models) > 1:  # what is measured is not lost if a later one fails
+            write_json(Path(args.output), {"models": [result.record for result in results]})
         if args.save_worst and write:
             folder = Path(args.output).with_suffix(".worst") / (str(len(results)) if len(args.models) > 1 else "")
             _save_worst(folder, args.save_worst, result.scores, model, processor, samples)

@@ -70,7 +70,8 @@ def _read_tars(tars: list[str]) -> Iterator[dict[str, Any]]:
                     yield {"name": stem, "picture": pair["jpg"], "annotations": pair["json"], "problem": ""}
                     del halves[stem]
                 elif len(halves) > MOST_HALVES:  # or a tar with all pictures first would have to fit in memory
-                    yield _half(path, *halves.popitem())
+                    stem = next(iter(halves))  # the oldest
+                    yield _half(path, stem, halves.pop(stem))
         except ValueError as error:
             yield {"name": path, "picture": b"", "annotations": b"", "problem": str(error)}
         for stem, pair in halves.items():

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
+from ..training.checkpoints import BEST_FILE
+
 
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 PATH_INSIDE = re.compile(r"(?<=[\s\"':=,])/(?:[^\s/\"',{}]+/)+[^\s/\"',{}]+")
@@ -59,8 +61,11 @@ def read_run(folder: Path, best: bool = False) -> RunRecord:
 def _read_progress(folder: Path, best: bool) -> dict[str, Any]:
     """Steps, images and minutes behind model/, which is written with every checkpoint; run.json is, at the end.
 
-    The checkpoint of the best model is kept beside the last ones.
+    The best model holds them itself; for one of an older run there is its checkpoint, kept beside the last ones.
     """
+    if best and (record := folder / "best_model" / BEST_FILE).is_file():
+        state = _read_json(record, "run", ("step", "images", "elapsed"))
+        return {"steps": state["step"], "images": state["images"], "minutes": state["elapsed"] / 60}
     states = [_read_json(path, "run", ("step",)) for path in folder.glob("checkpoints/step_*/trainer_state.json")]
     by_step = {state["step"]: state for state in states}
     step = max(by_step, default=None)

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of a run: complete or not there, the last few and the best kept."""
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from ..files import PARTIAL
 
 
 STATE_FILE = "trainer_state.json"
+BEST_FILE = "best.json"  # in best_model/: the evaluation that it is the best by, and how far the run was
+BEST_FIELDS = ("step", "metric", "value")
 
 
 def checkpoint_step(folder: Path) -> int:
@@ -25,7 +29,15 @@ def prune_checkpoints(run: Path, keep: int, best_step: int | None) -> None:
     """Delete all but the last `keep` checkpoints and the best one."""
     for folder in list_checkpoints(run)[:-keep]:
         if checkpoint_step(folder) != best_step:
-            shutil.rmtree(folder)
+            aside = folder.with_name(PARTIAL + folder.name)  # so that what a kill leaves of it is a leftover
+            folder.rename(aside)
+            shutil.rmtree(aside)
+
+
+def read_best(run: Path) -> dict[str, Any] | None:
+    """Step, metric and value of the evaluation that best_model/ is the best by, if there is one."""
+    path = run / "best_model" / BEST_FILE
+    return {name: json.loads(path.read_text())[name] for name in BEST_FIELDS} if path.is_file() else None
 
 
 def remove_leftovers(run: Path) -> None:

@@ -4,10 +4,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from ..data.augmentation import Augmentation
+from ..models.configuration_efficientsam import EfficientSamConfig
 from .arguments import PictureArguments, option
+from .config_overrides import read_overrides
 from .segmentation import PARTS, PromptSampling
 
 
@@ -104,8 +104,7 @@ class FinetuneArguments(PictureArguments):
         for name in ("relaxation", "box_relaxation"):
             self._check(name, lambda value: value is None or 0 <= value <= 1, "a fraction")
         self._check_parts()
-        if not isinstance(self.overrides(), dict):
-            raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
+        self.overrides()
         self.sampling()
 
     def _check_data(self) -> None:
@@ -147,8 +146,8 @@ class FinetuneArguments(PictureArguments):
         return Augmentation(self.horizontal_flip, self.min_scale, self.max_scale)
 
     def overrides(self) -> dict:
-        """Changes to a preset's config, part by part."""
-        return yaml.safe_load(self.model_overrides) or {}
+        """Changes to the model's config, part by part."""
+        return read_overrides(self.model_overrides, EfficientSamConfig)
 
     def sampling(self) -> PromptSampling:
         """How prompts are drawn."""

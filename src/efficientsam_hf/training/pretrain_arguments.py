@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of a pretraining run."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub.errors import StrictDataclassError
 
 from ..data.crops import RandomCrop
-from ..models.configuration_efficientsam import EfficientSamVisionConfig
 from ..models.configuration_sami import CHOICES, SamiConfig
 from .arguments import PictureArguments, option
+from .config_overrides import read_overrides
 from .crop_preparation import CropPreparation
 
 
@@ -76,8 +75,6 @@ class PretrainArguments(PictureArguments):
             raise ValueError("target is 'features', which needs a teacher, or train_features with what it saw")
         if self.train_features and self.stream:
             raise ValueError("train_features is for pictures that are stored, not for a stream")
-        if not isinstance(self.overrides(), dict):
-            raise ValueError(f"model_overrides must be a YAML mapping, got {self.model_overrides!r}")
         self.preparation(None)
         if self.evaluate_every or self.evaluate_minutes:
             raise ValueError("evaluate_every and evaluate_minutes: nothing is evaluated during pretraining")
@@ -85,11 +82,6 @@ class PretrainArguments(PictureArguments):
 
     def _check_student(self) -> None:
         """Raise ValueError unless there is such a student at every image size."""
-        overrides = self.overrides()
-        for kind, given in ((SamiConfig, overrides), (EfficientSamVisionConfig, overrides.get("vision_config", {}))):
-            unknown = sorted(set(given) - {item.name for item in fields(kind)})
-            if unknown:
-                raise ValueError(f"model_overrides: {kind.__name__} has no {', '.join(unknown)}")
         for stage in self.stages():
             try:
                 SamiConfig(**self.student_fields(256, stage.image_size))
@@ -98,7 +90,7 @@ class PretrainArguments(PictureArguments):
 
     def overrides(self) -> dict[str, Any]:
         """Changes to a preset's config."""
-        return yaml.safe_load(self.model_overrides) or {}
+        return read_overrides(self.model_overrides, SamiConfig)
 
     def student_fields(self, target_width: int, image_size: int) -> dict[str, Any]:
         """Arguments of the student's config, but for the encoder's preset."""

@@ -12,6 +12,7 @@ from .segmentation import PromptSampling
 
 
 INPUTS = ("background_points", "mask_prompts", "padded_prompt_tokens")
+ADDED = ("background_embed", "no_mask_embed", "mask_embed")  # parts of the prompt encoder that come with them
 
 
 def load_with_inputs(source: str, changes: dict[str, Any]) -> EfficientSamModel:
@@ -20,7 +21,8 @@ def load_with_inputs(source: str, changes: dict[str, Any]) -> EfficientSamModel:
     What is new begins without an effect: a background click is a position of no kind, as in released code, and
     neither a mask prompt nor its absence changes the image embeddings.
 
-    Raises ValueError for a change that is none of `INPUTS`, or a value that the config does not take.
+    Raises ValueError for a change that is none of `INPUTS`, a value that the config does not take, or a checkpoint
+    whose weights are not those of its config.
     """
     unknown = sorted(set(changes) - set(INPUTS))
     if unknown:
@@ -31,7 +33,16 @@ def load_with_inputs(source: str, changes: dict[str, Any]) -> EfficientSamModel:
     config = EfficientSamConfig.from_pretrained(source)
     before = config.prompt_encoder_config
     config.prompt_encoder_config = after = type(before).from_dict({**before.to_dict(), **changes})
-    model = EfficientSamModel.from_pretrained(source, config=config, dtype=torch.float32)
+    model, report = EfficientSamModel.from_pretrained(
+        source, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    added = tuple(f"prompt_encoder.{name}" for name in (ADDED if changes else ()))
+    wrong = {name for name in report["missing_keys"] if not name.startswith(added)} | set(report["unexpected_keys"])
+    if wrong:
+        raise ValueError(
+            f"model: the weights of {source} are not those of its config: {len(wrong)} are missing or have no place, "
+            f"such as {min(wrong)}"
+        )
     new: list[nn.Module] = []
     if after.background_points and not before.background_points:
         new.append(model.prompt_encoder.background_embed)

@@ -10,8 +10,9 @@ import time
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import BinaryIO
 
-from ..files import write_json
+from ..files import PARTIAL, write_json
 from ..machine import describe_machine, describe_versions
 from .arguments import TrainerArguments
 
@@ -27,9 +28,9 @@ def open_run(arguments: TrainerArguments) -> Path:
     if not record.is_file():
         if arguments.resume:
             raise ValueError(f"resume: there is no run in {run}")
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        if run.exists() and not _is_new(run):
             raise ValueError(f"output_dir: {run} exists and is no run folder; choose another one")
-        (run / "checkpoints").mkdir(parents=True)
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(record, describe_run(arguments))
         return run
     if not arguments.resume:
@@ -43,6 +44,14 @@ def open_run(arguments: TrainerArguments) -> Path:
         raise ValueError(f"resume: {run} was started with other arguments: {changes}")
     (run / "checkpoints").mkdir(exist_ok=True)
     return run
+
+
+def _is_new(run: Path) -> bool:
+    """Whether there is nothing in a folder but what a run leaves that is killed in its first moment."""
+    if not run.is_dir():
+        return False
+    others = [path for path in run.iterdir() if not path.name.startswith(PARTIAL)]
+    return not others or (others == [run / "checkpoints"] and not any(others[0].iterdir()))
 
 
 def describe_run(arguments: TrainerArguments) -> dict:
@@ -81,11 +90,21 @@ class RunLog:
             return
         rounded = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in values.items()}
         line = json.dumps({"event": event, "time": round(time.time(), 3), **rounded}, default=str)
-        with self.path.open("a") as file:
-            file.write(line + "\n")
+        with self.path.open("a+b") as file:
+            if self._ends_torn(file):
+                line = "\n" + line
+            file.write((line + "\n").encode())
+
+    @staticmethod
+    def _ends_torn(file: BinaryIO) -> bool:
+        """Whether the last line is not whole: a disk was full, or a process killed, while it was written."""
+        if not file.seek(0, os.SEEK_END):
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
     def count_skipped(self) -> int:
         """Different samples that the log names as skipped."""
         with self.path.open() as file:
-            lines = [json.loads(line) for line in file if line.startswith('{"event": "skipped"')]
-        return len({line["sample"] for line in lines})
+            lines = [line for line in file if line.startswith('{"event": "skipped"')]
+        return len({json.loads(line)["sample"] for line in lines if line.endswith("}\n")})

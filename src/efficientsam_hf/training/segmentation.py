@@ -128,13 +128,12 @@ class InteractiveSegmentation(nn.Module):
         """Loss and detached metrics of one batch, all scalars.
 
         `pixel_values` (B, 3, H, W) normalised, `masks` (B, Q, H, W) bool in the same frame, `object_mask` (B, Q) bool
-        with False for padding, `seed` () int64 that decides all prompts. Rounds count by the number of their objects.
-        "weight" is the number of real objects, so that each counts alike in whichever batch, or process, it comes.
+        with False for padding, `seed` () int64 that decides all prompts. Rounds count by the number of their real
+        objects. "weight" is that of all rounds, so that an object counts alike in whichever batch, or process, it is.
         """
         generator = torch.Generator(batch["masks"].device).manual_seed(int(batch["seed"]))
         embeddings = self._part("embed", self.model.get_image_embeddings)(batch["pixel_values"])
         masks, object_mask = batch["masks"], batch["object_mask"]
-        objects = object_mask.sum()
         targets, prompt = self._first_prompts(masks, object_mask, generator)
         logits = scores = None
         total, weight, metrics = 0.0, 0, {}
@@ -147,9 +146,10 @@ class InteractiveSegmentation(nn.Module):
             losses = self._part("losses", segmentation_losses)(
                 logits, scores, targets, object_mask, **self._loss_weights(prompt["input_boxes"])
             )
-            total, weight = total + losses["loss"] * masks.shape[1], weight + masks.shape[1]
+            objects = object_mask.sum()
+            total, weight = total + losses["loss"] * objects, weight + objects
             metrics |= {name if number == 1 else f"{name}_{number}": v.detach() for name, v in losses.items()}
-        return metrics | {"loss": total / weight, "weight": objects}
+        return metrics | {"loss": total / weight.clamp(min=1), "weight": weight}
 
     def _loss_weights(self, boxes: torch.Tensor) -> dict[str, float | torch.Tensor]:
         """Arguments of the losses of objects with these boxes, (B, Q, 4) with -1 for none."""

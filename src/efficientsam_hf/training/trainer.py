@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,15 @@ from tqdm.auto import tqdm
 
 from ..files import PARTIAL, replace_folder, write_folder, write_json, write_png
 from .arguments import TrainerArguments
-from .checkpoints import STATE_FILE, checkpoint_step, list_checkpoints, prune_checkpoints, remove_leftovers
+from .checkpoints import (
+    BEST_FILE,
+    STATE_FILE,
+    checkpoint_step,
+    list_checkpoints,
+    prune_checkpoints,
+    read_best,
+    remove_leftovers,
+)
 from .ema import WeightAverage, gathered
 from .optimizers import make_optimizers
 from .run_folder import RunLog, check_room, open_run
@@ -323,8 +332,8 @@ class Trainer:
         if better:
             self.best = {"step": self.step, "metric": self.arguments.best_metric, "value": value}
         if self._agree(better):
+            self._export("best_model")  # first: a run killed in between finds in it what it is the best of
             self._save()
-            self._export("best_model")
 
     def _save_picture(self) -> None:
         if not hasattr(self.plain_module, "picture"):
@@ -344,13 +353,13 @@ class Trainer:
             if self.accelerator.is_main_process:
                 self._write_state(folder)  # an evaluation since then may have found it the best
             return
-        partial = folder.with_name(PARTIAL + folder.name)
-        with self._naming_the_last_checkpoint(partial):
-            self.accelerator.save_state(str(partial), safe_serialization=True)
+        aside = folder.with_name(PARTIAL + folder.name)
+        with self._naming_the_last_checkpoint(aside):
+            self.accelerator.save_state(str(aside), safe_serialization=True)
         self.accelerator.wait_for_everyone()  # every process writes its random state into the folder
         if self.accelerator.is_main_process:
-            self._write_state(partial)
-            replace_folder(partial, folder)
+            self._write_state(aside)
+            replace_folder(aside, folder)
             prune_checkpoints(self.run, self.arguments.keep_checkpoints, self.best and self.best["step"])
         self._export()
         self.log("checkpoint", step=self.step, elapsed=self.elapsed(), folder=str(folder))
@@ -366,7 +375,7 @@ class Trainer:
         write_json(folder / STATE_FILE, state)
 
     @contextmanager
-    def _naming_the_last_checkpoint(self, partial: Path) -> Iterator[None]:
+    def _naming_the_last_checkpoint(self, aside: Path) -> Iterator[None]:
         """A failed write ends the run with an OSError that says what is left to go on from; other errors stay."""
         try:
             yield
@@ -374,11 +383,11 @@ class Trainer:
             if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
                 raise
             if self.accelerator.is_main_process:
-                shutil.rmtree(partial, ignore_errors=True)
+                shutil.rmtree(aside, ignore_errors=True)
             last = next(iter(list_checkpoints(self.run)[-1:]), "none")
             free = shutil.disk_usage(self.run).free / 2**20
             raise OSError(
-                f"{partial.name.removeprefix(PARTIAL)} could not be written, with {free:,.0f} MiB free on the disk of "
+                f"{aside.name.removeprefix(PARTIAL)} could not be written, with {free:,.0f} MiB free on the disk of "
                 f"{self.run}: {error}. The last good checkpoint is {last}; the run goes on from it with resume"
             ) from error
 
@@ -386,9 +395,14 @@ class Trainer:
         with self._averaged() as module:
             if self.accelerator.is_main_process:
                 with self._naming_the_last_checkpoint(self.run / f"{PARTIAL}{name}"):
-                    write_folder(self.run / name, module.save_pretrained)
+                    write_folder(self.run / name, partial(self._write_model, module, name))
         if name == "model":
             self.exported_step = self.step
+
+    def _write_model(self, module: nn.Module, name: str, folder: Path) -> None:
+        module.save_pretrained(folder)
+        if name == "best_model":
+            write_json(folder / BEST_FILE, self.best | {"images": self.images, "elapsed": self.elapsed()})
 
     def _resume(self) -> None:
         """Load the last complete checkpoint, if the run got that far."""
@@ -407,7 +421,7 @@ class Trainer:
             raise ValueError(f"resume: {folder} was written under {state['distributed']}, and this is {kind}")
         self.accelerator.load_state(str(folder))
         self.step, self.images, self.nonfinite = checkpoint_step(folder), state["images"], state["nonfinite"]
-        self.elapsed_before, self.best = state["elapsed"], state["best"]
+        self.elapsed_before, self.best = state["elapsed"], read_best(self.run) or state["best"]
         self.log("resume", step=self.step, elapsed=self.elapsed_before, folder=str(folder))
 
     def _finish(self, progress: float) -> dict[str, Any]:
