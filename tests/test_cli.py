@@ -436,7 +436,7 @@ def test_what_is_measured_outlives_a_model_that_cannot_be_loaded(
 
 def test_options_are_written_out(capsys) -> None:
     """Or a new option would change what an old command line means."""
-    assert "unrecognized arguments: --every" in refused(["segment", "x.png", "--every"], capsys)
+    assert "unrecognized arguments: --every" in refused(["segment", "x.png", "-o", "out", "--every"], capsys)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")

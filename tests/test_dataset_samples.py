@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets of the `datasets` library: the forms that masks may have, and what is refused."""
 
+import io
 from pathlib import Path
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -114,8 +116,22 @@ def test_streams_give_the_same_and_damage_does_not_end_them(masks, feature, tmp_
     for empty, words in ((None, "is missing or empty"), ({"bytes": None, "path": None}, "an empty picture")):
         with pytest.raises(ValueError, match=words):
             read_row({**stream[0], "photo": empty}, "photo", "objects")
+    with pytest.raises(ValueError, match="photo is a int, expected a path"):
+        read_row({**stream[0], "photo": 7}, "photo", "objects")
     with pytest.raises(ValueError, match="masks_column: no column 'masks', there are photo, objects"):
         load_stream(str(tmp_path), image_column="photo")
+
+
+def test_pictures_of_a_stream_may_lie_elsewhere() -> None:
+    """As those of a folder of pictures on the Hub: rows hold hf://datasets/... and no bytes."""
+    content = io.BytesIO()
+    Image.new("RGB", (WIDTH, HEIGHT), (9, 80, 160)).save(content, "PNG")
+    fsspec.filesystem("memory").pipe_file("/pictures/a.png", content.getvalue())
+    row = {"photo": {"bytes": None, "path": "memory://pictures/a.png"}, "objects": list(MASKS)}
+    assert read_row(row, "photo", "objects")["image"].getpixel((3, 3)) == (9, 80, 160)
+    row["photo"]["path"] = "memory://pictures/b.png"
+    with pytest.raises(OSError, match=r"b\.png"):
+        read_row(row, "photo", "objects")
 
 
 @pytest.mark.parametrize("load", [load_samples, load_stream])

@@ -78,6 +78,17 @@ def write_coco(folder: Path, count: int) -> list[str]:
     return ["--no-train-scenes", "--train-annotations", str(path), "--train-images", str(folder)]
 
 
+def test_damaged_pictures_to_evaluate_on_are_found_before_training(tmp_path: Path, capsys) -> None:
+    flags = write_coco(tmp_path / "data", 3)
+    evaluation = ["--eval-annotations", flags[2], "--eval-images", flags[4]]
+    Path(flags[4], "1.png").write_bytes(b"no picture")
+    base = [*TRAIN, "--max-steps", "1", "--evaluate-scenes", "0", "--output-dir", str(tmp_path / "run")]
+    assert main([*base, *evaluation]) == 2
+    assert "1.png' is not a picture" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*base, *evaluation, "--eval-limit", "1"]) == 0
+
+
 def test_training_on_a_coco_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = write_coco(tmp_path / "data", 5)
     for name in ("3.png", "4.png"):  # the latter is beyond the limit

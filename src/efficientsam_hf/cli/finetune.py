@@ -190,11 +190,15 @@ def _scene_samples(arguments: Any) -> list[dict[str, Any]]:
 
 
 def _coco_samples(arguments: Any) -> dict[str, Any]:
+    """Samples to evaluate on, by name; ValueError for a damaged one, which would end the run at an evaluation."""
     if not arguments.eval_annotations:
         return {}
     from ..data.coco import CocoSamples
 
-    return {"coco": CocoSamples(arguments.eval_annotations, arguments.eval_images)}
+    samples = CocoSamples(arguments.eval_annotations, arguments.eval_images)
+    for index in range(min(len(samples), arguments.eval_limit or len(samples))):
+        samples[index]
+    return {"coco": samples}
 
 
 def _evaluation(sets: dict[str, Any], arguments: Any) -> Callable[[Any], dict[str, float]]:

@@ -53,7 +53,10 @@ def read_row(row: dict[str, Any], image_column: str = "image", masks_column: str
     for column in (image_column, masks_column):
         if column is not None and row.get(column) is None:
             raise ValueError(f"column {column!r} is missing or empty, there are {', '.join(row)}")
-    image = open_image(_picture(row[image_column]), image_column)
+    try:
+        image = open_image(_picture(row[image_column]), image_column)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
     if masks_column is None:
         return {"image": image}
     try:
@@ -67,12 +70,24 @@ def read_row(row: dict[str, Any], image_column: str = "image", masks_column: str
 
 
 def _picture(value: Any) -> Any:
-    """A picture that `datasets` has not decoded, {"bytes", "path"}, as something to open; anything else as it is."""
+    """A picture that `datasets` has not decoded, {"bytes", "path"}, as something to open; anything else as it is.
+
+    In a stream the path may be one of fsspec, such as hf://datasets/... .
+    """
     if isinstance(value, dict) and set(value) == {"bytes", "path"}:
         if value["bytes"] is None and value["path"] is None:
             raise ValueError("an empty picture: neither bytes nor a path")
+        if value["bytes"] is None and "://" in value["path"]:
+            return io.BytesIO(_read_url(value["path"]))
         return io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
     return value
+
+
+def _read_url(url: str) -> bytes:
+    import fsspec  # datasets brings it
+
+    with fsspec.open(url, "rb") as file:
+        return file.read()
 
 
 def _labels(value: Any) -> Any:

@@ -45,6 +45,7 @@ from .rle_efficientsam import compress_counts, decode_rle, runs_to_counts
 
 IMAGES_AT_ONCE = 8  # crops that the encoder takes in one batch
 HELD_CELLS = 2**26  # of candidates' logits that are kept; what finds no room is decoded again when its turn comes
+FILTERED_AT_ONCE = 32  # masks that are filtered at low resolution together, so that a CPU's cache holds them
 MASKS_AT_ONCE = 16  # candidates that are looked at before the next ones are suppressed
 STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack at least, where a mask has at least
 STABILITY_CELLS = 64  # so many cells, each no smaller than a pixel; that of smaller ones says too little
@@ -353,14 +354,31 @@ class _Crop:
 
     def _filtered(self, start: int, end: int, held: _HeldLogits) -> _Candidates:
         """What a part of the grid gives."""
-        options = self.options
         masks, scores = self._decoded(self.points[start:end])
         count = masks.shape[1]
         masks, scores = masks.flatten(0, 1), scores.flatten().float()
         index = torch.arange(len(scores), device=scores.device)
-        if options.pred_iou_thresh > 0:
-            index = index[scores > options.pred_iou_thresh]
-        masks = masks[index]
+        if self.options.pred_iou_thresh > 0:
+            index = index[scores > self.options.pred_iou_thresh]
+        parts = []
+        for chosen in index.split(FILTERED_AT_ONCE):
+            good, cores, windows = self._promising(masks[chosen])
+            chosen = chosen[good]
+            parts.append(
+                _Candidates(
+                    scores=scores[chosen].cpu(),
+                    points=(start + chosen // count).cpu(),
+                    tokens=(chosen % count).cpu(),
+                    cores=cores,
+                    windows=windows,
+                    places=held.add(masks[chosen], windows),
+                )
+            )
+        return _Candidates.joined(parts)
+
+    def _promising(self, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Which logits (M, h, w) may be masks at full size, and where: -> (M) bool, (K, 4) cores, (K, 4) windows."""
+        options = self.options
         logits = masks.float()  # CPUs compare these many times as fast as bfloat16
         inside = logits > options.mask_threshold
         around = logits > options.mask_threshold - max(options.stability_score_offset, LOGIT_MARGIN)
@@ -368,16 +386,7 @@ class _Crop:
         good = cells > 0
         if options.stability_score_thresh > 0:
             good &= (cells < STABILITY_CELLS * self.cells_per_pixel) | _may_be_stable(logits, options)
-        index, masks, inside, around = index[good], masks[good], inside[good], around[good]
-        windows = masks_to_boxes(around).cpu()
-        return _Candidates(
-            scores=scores[index].cpu(),
-            points=(start + index // count).cpu(),
-            tokens=(index % count).cpu(),
-            cores=_block_boxes(inside).cpu(),
-            windows=windows,
-            places=held.add(masks, windows),
-        )
+        return good, _block_boxes(inside[good]).cpu(), masks_to_boxes(around[good]).cpu()
 
     def _decoded(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The candidates of each click: (Q, 2) -> logits (Q, M, h, w), predicted IoU (Q, M)."""

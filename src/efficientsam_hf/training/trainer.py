@@ -22,6 +22,7 @@ from accelerate.utils import DistributedType, broadcast_object_list, send_to_dev
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
+from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
 from ..files import PARTIAL, replace_folder, write_folder, write_json, write_png
@@ -419,10 +420,26 @@ class Trainer:
         kind = self.accelerator.distributed_type.value
         if state.get("distributed", kind) != kind:
             raise ValueError(f"resume: {folder} was written under {state['distributed']}, and this is {kind}")
+        self._settle_gradients()
         self.accelerator.load_state(str(folder))
         self.step, self.images, self.nonfinite = checkpoint_step(folder), state["images"], state["nonfinite"]
         self.elapsed_before, self.best = state["elapsed"], read_best(self.run) or state["best"]
         self.log("resume", step=self.step, elapsed=self.elapsed_before, folder=str(folder))
+
+    def _settle_gradients(self) -> None:
+        """Bring distributed training to where it is after a first step; loading undoes what else this changes.
+
+        DDP groups gradients anew after its first backward. With three processes or more it depends on the groups in
+        which order numbers are added, and a resumed run would end with other bits.
+        """
+        if not isinstance(self.module, DistributedDataParallel):
+            return
+        batch = send_to_device(next(iter(self.batches(0, self.stages[0]))), self.accelerator.device)
+        with self.accelerator.autocast():
+            output = self.module(batch)
+        self.accelerator.backward(output["loss"])
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _finish(self, progress: float) -> dict[str, Any]:
         train_seconds = self.elapsed() - self.train_start
