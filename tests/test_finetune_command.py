@@ -78,6 +78,13 @@ def write_coco(folder: Path, count: int) -> list[str]:
     return ["--no-train-scenes", "--train-annotations", str(path), "--train-images", str(folder)]
 
 
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path, capsys) -> None:
+    flags = ["--learning-rate", "1e30", "--warmup-steps", "0", "--max-steps", "40", "--max-nonfinite", "2"]
+    assert main([*TRAIN, "--evaluate-scenes", "0", *flags, "--output-dir", str(tmp_path / "run")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("efficientsam: error: ")]
+    assert "not finite for 2 steps in a row" in line and "Traceback" not in line
+
+
 def test_damaged_pictures_to_evaluate_on_are_found_before_training(tmp_path: Path, capsys) -> None:
     flags = write_coco(tmp_path / "data", 3)
     evaluation = ["--eval-annotations", flags[2], "--eval-images", flags[4]]

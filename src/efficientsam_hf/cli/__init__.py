@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         args.argv = list(argv)
         return args.run(args) or 0
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if show_traceback:
             raise
         print(f"efficientsam: error: {_one_line(error)}", file=sys.stderr)

@@ -254,7 +254,7 @@ class Trainer:
         self.nonfinite += 1
         self.log("nonfinite", step=self.step, in_a_row=self.nonfinite)
         if self.nonfinite >= self.arguments.max_nonfinite:
-            raise RuntimeError(
+            raise FloatingPointError(
                 f"loss or gradient was not finite for {self.nonfinite} steps in a row, up to step {self.step}; the "
                 f"last good checkpoint is in {self.run / 'checkpoints'}. A lower learning_rate may help, or "
                 "mixed_precision no"
