@@ -43,7 +43,7 @@ PORTABLE = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "scipy"}
 
 # What pyproject.toml declares, by the name it is imported under: core, then extras.
 DECLARED = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "PIL", "tqdm"}
-DECLARED |= {"accelerate", "datasets", "peft", "yaml", "pycocotools", "gradio", "scipy"}
+DECLARED |= {"accelerate", "datasets", "fsspec", "peft", "yaml", "pycocotools", "gradio", "scipy"}
 
 
 def part_of(path: Path) -> str:

@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
 
-from ..training.checkpoints import BEST_FILE
-
 
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 PATH_INSIDE = re.compile(r"(?<=[\s\"':=,])/(?:[^\s/\"',{}]+/)+[^\s/\"',{}]+")
@@ -63,7 +61,7 @@ def _read_progress(folder: Path, best: bool) -> dict[str, Any]:
 
     The best model holds them itself; for one of an older run there is its checkpoint, kept beside the last ones.
     """
-    if best and (record := folder / "best_model" / BEST_FILE).is_file():
+    if best and (record := folder / "best_model" / "best.json").is_file():
         state = _read_json(record, "run", ("step", "images", "elapsed"))
         return {"steps": state["step"], "images": state["images"], "minutes": state["elapsed"] / 60}
     states = [_read_json(path, "run", ("step",)) for path in folder.glob("checkpoints/step_*/trainer_state.json")]
