@@ -4,8 +4,8 @@
 The masks are those of the stock pipeline, which brings every mask to the size of the image and then filters. Here the
 order is another: predicted IoU and, with a margin, stability are judged at low resolution, chunk by chunk of the grid.
 What is left is then looked at from the highest score down, and only a mask that no better one is certain to suppress
-is brought to the size of the image, in the window that it covers. So memory is bounded: by
-HELD_CELLS, a chunk and, with run lengths as output, little for each mask.
+is brought to the size of the image, in the window that it covers. So memory is bounded: by HELD_CELLS, a chunk and,
+with run lengths as output, little for each mask.
 
 Coordinates: points in model pixels for the model, boxes (x0, y0, x1, y1) of first and last pixels, of a crop or of the
 whole image as each docstring says; cells are the pixels of low-resolution logits.
@@ -364,16 +364,9 @@ class _Crop:
         for chosen in index.split(FILTERED_AT_ONCE):
             good, cores, windows = self._promising(masks[chosen])
             chosen = chosen[good]
-            parts.append(
-                _Candidates(
-                    scores=scores[chosen].cpu(),
-                    points=(start + chosen // count).cpu(),
-                    tokens=(chosen % count).cpu(),
-                    cores=cores,
-                    windows=windows,
-                    places=held.add(masks[chosen], windows),
-                )
-            )
+            points, tokens = (start + chosen // count).cpu(), (chosen % count).cpu()
+            places = held.add(masks[chosen], windows)
+            parts.append(_Candidates(scores[chosen].cpu(), points, tokens, cores, windows, places))
         return _Candidates.joined(parts)
 
     def _promising(self, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,6 @@ from .segmentation import PromptSampling
 
 
 INPUTS = ("background_points", "mask_prompts", "padded_prompt_tokens")
-ADDED = ("background_embed", "no_mask_embed", "mask_embed")  # parts of the prompt encoder that come with them
 
 
 def load_with_inputs(source: str, changes: dict[str, Any]) -> EfficientSamModel:
@@ -36,8 +35,13 @@ def load_with_inputs(source: str, changes: dict[str, Any]) -> EfficientSamModel:
     model, report = EfficientSamModel.from_pretrained(
         source, config=config, dtype=torch.float32, output_loading_info=True
     )
-    added = tuple(f"prompt_encoder.{name}" for name in (ADDED if changes else ()))
-    wrong = {name for name in report["missing_keys"] if not name.startswith(added)} | set(report["unexpected_keys"])
+    added: list[str] = []
+    if after.background_points and not before.background_points:
+        added.append("prompt_encoder.background_embed.")
+    if after.mask_prompts and not before.mask_prompts:
+        added += ["prompt_encoder.no_mask_embed.", "prompt_encoder.mask_embed."]
+    missing = {name for name in report["missing_keys"] if not name.startswith(tuple(added))}
+    wrong = missing | set(report["unexpected_keys"])
     if wrong:
         raise ValueError(
             f"model: the weights of {source} are not those of its config: {len(wrong)} are missing or have no place, "
