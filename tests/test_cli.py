@@ -378,12 +378,14 @@ def test_evaluate_prints_and_writes(
     assert [path.parent.name for path in sorted(output.parent.glob("metrics.worst/*/001_iou_*.png"))] == [
         "box",
         "center",
+        "center_3",
+        "center_5",
     ]
     record = json.loads(output.read_text())
     metrics = record["metrics"]
-    assert metrics["objects"] == 2 and set(metrics) >= {"center", "box"} and "uniform" not in metrics
+    assert metrics["objects"] == 2 and set(metrics) >= {"center", "center:5", "box"} and "uniform" not in metrics
     assert record["command"].startswith("efficientsam evaluate ")
-    assert record["protocol"]["clicks"] == [1] and record["revision"].startswith("sha256:")
+    assert record["protocol"]["clicks"] == [1, 3, 5] and record["revision"].startswith("sha256:")
     assert {"torch", "transformers", "python", "efficientsam-hf"} <= set(record["versions"])
     assert record["machine"]["cores"] >= 1 and record["machine"]["gpus"] == [] and record["date"].endswith("+00:00")
     printed = capsys.readouterr().out
@@ -399,12 +401,13 @@ def test_evaluate_refuses(coco: list[str], model_folder: str, tmp_path: Path, ca
     assert "invalid choice: 'click'" in refused([*arguments, *coco, "--prompts", "click"], capsys)
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "0"], capsys)
     assert "--save-worst needs" in refused([*arguments, *coco, "--save-worst", "2"], capsys)
+    assert "--seed must be at least 0, got -1" in refused([*arguments, *coco, "--seed", "-1"], capsys)
     assert "--clicks must be" in refused([*arguments, *coco, "--clicks", "0"], capsys)
     assert "limit must be at least 1" in refused([*arguments, *coco, "--limit", "-3"], capsys)
     absent = ["--annotations", str(tmp_path / "no.json"), "--images", str(tmp_path)]
     assert "no.json does not exist" in refused([*arguments, *absent], capsys)
     for mode in (["--boxes", "ground-truth"], ["--everything"]):
-        for option in (["--clicks", "1", "3"], ["--prompts", "box"]):
+        for option in (["--clicks", "1"], ["--prompts", "box"]):
             line = refused([*arguments, *coco, *mode, *option], capsys)
             assert f"{option[0]} is for mIoU and changes nothing with {mode[0]}" in line
     below_a_file = ["--output", str(tmp_path / "coco.json" / "metrics.json")]

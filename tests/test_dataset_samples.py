@@ -138,3 +138,29 @@ def test_pictures_of_a_stream_may_lie_elsewhere() -> None:
 def test_a_data_set_that_is_not_there_is_named(load, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data set .*none', split 'train', cannot be loaded"):
         load(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("load", [load_samples, load_stream])
+def test_a_configuration_is_chosen(load, tmp_path: Path) -> None:
+    for name, rows in (("few", 1), ("many", 3)):
+        dataset(RLES, RLE_FEATURE).select(range(rows)).to_parquet(tmp_path / f"{name}.parquet")
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}.parquet\n" for name in ("few", "many"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    columns = {"image_column": "photo", "masks_column": "objects"}
+    for name, rows in (("few", 1), ("many", 3)):
+        found = load(str(tmp_path), config=name, **columns)
+        assert len(found if load is load_samples else list(found)) == rows
+    with pytest.raises(ValueError, match="configuration 'all', cannot be loaded"):
+        load(str(tmp_path), config="all", **columns)
+
+
+def test_data_that_datasets_cannot_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "train.parquet").write_bytes(b"no table")
+    with pytest.raises(ValueError, match="split 'train', cannot be loaded"):
+        load_samples(str(tmp_path))
+
+
+def test_a_saved_data_set_has_no_configurations(tmp_path: Path) -> None:
+    dataset(RLES, RLE_FEATURE).save_to_disk(tmp_path)
+    with pytest.raises(ValueError, match="got configuration 'few', revision None"):
+        load_samples(str(tmp_path), config="few", image_column="photo", masks_column="objects")

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_segmentation_training import tiny_model
 from transformers import SamConfig
 
-from efficientsam_hf import EfficientSamModel, SamiConfig, SamiForPreTraining
+from efficientsam_hf import EfficientSamImageProcessor, EfficientSamModel, SamiConfig, SamiForPreTraining
 from efficientsam_hf.cli import main
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 
@@ -180,6 +181,40 @@ def test_training_on_from_a_pretrained_encoder(tmp_path: Path) -> None:
         torch.testing.assert_close(model.vision_encoder.state_dict()[name], weight, atol=1e-6, rtol=1e-5)
 
 
+def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--model", "./nowhere", "--train-scenes", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]
+    assert main(["finetune", *flags]) == 2
+    assert "model ./nowhere: no such folder" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_recipes_switch_on_what_a_released_checkpoint_lacks(tmp_path: Path) -> None:
+    """Background clicks, mask prompts and more than six prompt tokens are trained from there on."""
+    released = {"background_points": False, "mask_prompts": False, "padded_prompt_tokens": 6}
+    tiny_model(**released).save_pretrained(tmp_path / "released")
+    EfficientSamImageProcessor(size=64).save_pretrained(tmp_path / "released")
+    data = write_coco(tmp_path / "data", 2)
+    for recipe in ("nuclei", "coco_custom"):
+        run = tmp_path / recipe
+        flags = [
+            "--model",
+            str(tmp_path / "released"),
+            "--max-minutes",
+            "10",
+            "--max-steps",
+            "2",
+            "--warmup-steps",
+            "0",
+        ]
+        flags += ["--image-sizes", "64x2", "--mixed-precision", "no"]
+        assert main(["finetune", "--recipe", recipe, *flags, *data, "--output-dir", str(run)]) == 0
+        model = EfficientSamModel.from_pretrained(run / "model")
+        config = model.config.prompt_encoder_config
+        assert (config.background_points, config.mask_prompts, config.padded_prompt_tokens) == (True, True, None)
+        assert model.prompt_encoder.background_embed.weight.abs().sum() > 0
+        assert model.prompt_encoder.mask_embed.conv3.weight.abs().sum() > 0
+
+
 def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = write_coco(tmp_path / "data", 1)
     base = ["finetune", "--model", "ti", "--max-steps", "1", "--output-dir", str(tmp_path / "run")]
@@ -191,6 +226,7 @@ def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.Capt
         (["--train-scenes", "--horizontal-flip", "0.5"], "for annotated pictures"),
         (["--train-scenes", "--crops"], "for annotated pictures"),
         (["--train-scenes", "--stream"], "train_dataset, which is not given"),
+        (["--train-scenes", "--train-config", "a"], "train_config must be given with train_dataset only, got 'a'"),
         (["--train-scenes", "--model-overrides", "{a: b"], "model_overrides must be a YAML mapping, got '{a: b'"),
         (["--train-scenes", "--model-overrides", "{visoin_config: {}}"], "EfficientSamConfig has no visoin_config"),
         (

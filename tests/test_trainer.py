@@ -148,34 +148,6 @@ def test_other_data_gives_other_bits(tmp_path) -> None:
     assert not torch.equal(first, second)
 
 
-SCRIPT = """
-import sys
-from test_trainer import batches, make_arguments, train
-from functools import partial
-slowly = partial(batches, delay=0.05)
-train(sys.argv[1], source=slowly, max_steps=60, checkpoint_every=1, resume=sys.argv[2] == "resume")
-"""
-
-
-def test_killed_run_resumes_with_the_same_bits(tmp_path) -> None:
-    """SIGKILL at a moment that nothing prepares for, most likely inside a step or a checkpoint."""
-    run = tmp_path / "killed"
-    tests = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
-    command = [sys.executable, "-c", SCRIPT, str(run)]
-    process = subprocess.Popen([*command, "start"], env=environment, stderr=subprocess.DEVNULL)
-    while process.poll() is None and len(list_checkpoints(run)) < 2:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    subprocess.run([*command, "resume"], env=environment, check=True, stderr=subprocess.DEVNULL)
-    train(tmp_path / "whole", max_steps=60)
-    expected = weights(tmp_path / "whole" / "model")
-    assert all(torch.equal(value, expected[name]) for name, value in weights(run / "model").items())
-    assert log(run, "resume")[0]["step"] >= 2
-    assert not [path for path in (run / "checkpoints").iterdir() if not path.name.startswith("step_")]
-
-
 class NoDropout(Line):
     def forward(self, batch):
         return {"loss": (self.linear(batch["x"]) - batch["y"]).square().mean()}

@@ -33,7 +33,7 @@ prompts:
 
 accelerate launch -m efficientsam_hf.cli evaluate ... shares the pictures among its processes."""
 PROTOCOLS = ("center", "uniform", "box")
-CLICKS = [1]
+CLICKS = [1, 3, 5]
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -60,7 +60,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         type=int,
         default=CLICKS,
         metavar="N",
-        help="score after so many clicks, such as 1 3 5 (1)",
+        help="score after so many clicks (1 3 5)",
     )
     parser.add_argument(
         "--boxes",
@@ -152,6 +152,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--annotations and --images go together")
     if args.scenes is not None and args.scenes < 1:
         raise ValueError(f"--scenes must be at least 1, got {args.scenes}")
+    if args.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {args.seed}")
     if min(args.clicks) < 1:
         raise ValueError(f"--clicks must be at least 1, got {min(args.clicks)}")
     if args.save_worst is not None and (args.save_worst < 1 or not args.output or args.boxes):

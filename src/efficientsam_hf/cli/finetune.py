@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .loading import model_name
+from .loading import check_name, model_name
 from .running import (
     add_fields,
     dataset_source,
@@ -108,6 +108,7 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
         size=image_size, antialias=True, mask_generation=TRAINED_MASK_GENERATION
     )
     source = model_name(arguments.model)
+    check_name(source)
     if source in ("ti", "s", "b"):
         model = EfficientSamModel(EfficientSamConfig.from_preset(source, vision_config=vision, **overrides))
     elif (architecture := model_type(source)) == "sami":

@@ -56,11 +56,13 @@ def dataset_source(arguments: Any, masks_column: str | None) -> dict[str, Any]:
     from ..data import dataset_samples
 
     columns = {"image_column": arguments.image_column, "masks_column": masks_column}
-    name, split = arguments.train_dataset, arguments.train_split
+    chosen = {
+        "split": arguments.train_split, "config": arguments.train_config, "revision": arguments.train_revision,
+    }  # fmt: skip
     if arguments.stream:
-        stream = dataset_samples.load_stream(name, split, **columns)
+        stream = dataset_samples.load_stream(arguments.train_dataset, **chosen, **columns)
         return {"stream": stream, "read": partial(dataset_samples.read_row, **columns)}
-    return {"samples": dataset_samples.load_samples(name, split, **columns)}
+    return {"samples": dataset_samples.load_samples(arguments.train_dataset, **chosen, **columns)}
 
 
 def picture_batches(

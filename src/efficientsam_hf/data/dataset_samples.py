@@ -130,44 +130,64 @@ def _read_mask(entry: Any) -> np.ndarray:
 
 
 def load_samples(
-    name: str, split: str = "train", image_column: str = "image", masks_column: str | None = "masks"
+    name: str,
+    split: str = "train",
+    image_column: str = "image",
+    masks_column: str | None = "masks",
+    config: str | None = None,
+    revision: str | None = None,
 ) -> DatasetSamples:
     """Samples of a folder that `save_to_disk` wrote, or of whatever `datasets.load_dataset` finds under the name.
 
-    Raises `ImportError` without the `datasets` library, and `ValueError` for a split or column that is not there.
+    `config` is one of several configurations of the data set, `revision` a branch, tag or commit of the Hub.
+
+    Raises `ImportError` without the `datasets` library, and `ValueError` for a split or column that is not there, for
+    a configuration or revision of a folder of `save_to_disk`, and for data that `datasets` cannot read.
     """
     datasets = _import_datasets()
     folder = Path(name)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+        if config or revision:
+            raise ValueError(f"{name} was saved as one data set, got configuration {config!r}, revision {revision!r}")
         found = datasets.load_from_disk(name)
         if isinstance(found, datasets.DatasetDict):
             if split not in found:
                 raise ValueError(f"split {split!r} is not in {name}, which has {', '.join(found)}")
             found = found[split]
     else:
-        found = _load(name, split)
+        found = _load(name, split, config, revision)
     return DatasetSamples(found, image_column, masks_column)
 
 
 def load_stream(
-    name: str, split: str = "train", image_column: str = "image", masks_column: str | None = "masks"
+    name: str,
+    split: str = "train",
+    image_column: str = "image",
+    masks_column: str | None = "masks",
+    config: str | None = None,
+    revision: str | None = None,
 ) -> Any:
     """What `datasets.load_dataset` finds as an `IterableDataset` of undecoded rows for `read_row`, not stored.
 
+    `config` and `revision` are as for `load_samples`.
+
     Raises `ImportError` without the `datasets` library, and `ValueError` for a column that is not there.
     """
-    stream = _load(name, split, streaming=True)
+    stream = _load(name, split, config, revision, streaming=True)
     if stream.features:
         _check_columns(stream.features, image_column, masks_column)
     return stream.decode(False)  # a damaged picture would end the stream if it were decoded in there
 
 
-def _load(name: str, split: str, **options: Any) -> Any:
+def _load(name: str, split: str, config: str | None, revision: str | None, **options: Any) -> Any:
     """`datasets.load_dataset` with errors that name the data set; `ValueError`."""
+    datasets = _import_datasets()
     try:
-        return _import_datasets().load_dataset(name, split=split, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"data set {name!r}, split {split!r}, cannot be loaded: {error}") from error
+        return datasets.load_dataset(name, config, split=split, revision=revision, **options)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        chosen = {"split": split, "configuration": config, "revision": revision}
+        wanted = ", ".join(f"{word} {value!r}" for word, value in chosen.items() if value)
+        raise ValueError(f"data set {name!r}, {wanted}, cannot be loaded: {error}") from error
 
 
 def _import_datasets() -> Any:

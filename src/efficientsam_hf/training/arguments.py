@@ -134,6 +134,8 @@ class PictureArguments(TrainerArguments):
         None, "Data set to train on: a folder of `datasets` (save_to_disk), or what load_dataset takes."
     )
     train_split: str = option("train", "Split of train_dataset.")
+    train_config: str | None = option(None, "Configuration of train_dataset, where it has several.")
+    train_revision: str | None = option(None, "Branch, tag or commit of a train_dataset on the Hub.")
     stream: bool = option(
         False,
         "Read train_dataset from its beginning as it comes, without storing it; resume reads again what it has seen.",
@@ -150,6 +152,8 @@ class PictureArguments(TrainerArguments):
         """Raise ValueError unless exactly one of the named fields is given, with what goes with it."""
         if self.stream and not self.train_dataset:
             raise ValueError("stream is a way to read train_dataset, which is not given")
+        for name in ("train_config", "train_revision"):
+            self._check(name, lambda value: value is None or self.train_dataset, "given with train_dataset only")
         if self.train_limit and (self.stream or self.train_scenes):
             raise ValueError(f"train_limit is for pictures that are stored, got {self.train_limit} without any")
         given = [name for name in names if getattr(self, name)]

@@ -2,6 +2,7 @@
 """Checkpoints of a run: complete or not there, the last few and the best kept."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,13 @@ def read_best(run: Path) -> dict[str, Any] | None:
 
 
 def remove_leftovers(run: Path) -> None:
-    """Delete what interrupted writes left behind."""
-    for leftover in (run / "checkpoints").glob(PARTIAL + "*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """Delete what interrupted writes left behind, and put back a folder that was making way for one to come."""
+    for old in run.glob(f"{PARTIAL}old-*"):
+        destination = run / old.name.removeprefix(f"{PARTIAL}old-")
+        if not destination.exists():
+            os.replace(old, destination)
+    for leftover in (*run.glob(PARTIAL + "*"), *run.glob(f"checkpoints/**/{PARTIAL}*")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import BinaryIO
 from ..files import PARTIAL, write_json
 from ..machine import describe_machine, describe_versions
 from .arguments import TrainerArguments
+from .checkpoints import remove_leftovers
 
 
 def open_run(arguments: TrainerArguments) -> Path:
@@ -32,6 +33,7 @@ def open_run(arguments: TrainerArguments) -> Path:
             raise ValueError(f"output_dir: {run} exists and is no run folder; choose another one")
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(record, describe_run(arguments))
+        remove_leftovers(run)  # of a run that was killed before it had written as much
         return run
     if not arguments.resume:
         raise ValueError(f"output_dir: {run} already holds a run; continue it with resume, or choose another folder")
