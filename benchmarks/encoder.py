@@ -9,7 +9,6 @@ medians, and speed-ups are medians of the ratios within a turn. Operations are c
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import transformers
 from counted_work import Work, counting, synchronize
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamVisionConfig, EfficientSamVisionModel
+from efficientsam_hf.files import write_json
 from efficientsam_hf.machine import describe_machine
 
 
@@ -136,9 +136,7 @@ def main() -> None:
     if args.json:
         record = {"arguments": vars(args), "operations": operations, "results": results}
         record |= {"machine": machine, "versions": versions, "date": date}
-        partial = Path(args.json).with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(args.json)
+        write_json(Path(args.json), record)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from efficientsam_hf import (
     EfficientSamModel,
     default_checkpoint,
 )
+from efficientsam_hf.files import write_json
 from efficientsam_hf.machine import describe_machine
 from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
 
@@ -317,16 +318,15 @@ def memory(kind: str) -> int:
 def sam_rows(args: argparse.Namespace, rates: Rates) -> list[dict]:
     """The prompts by transformers' SAM, whose decoder has the same size, beside the baseline."""
     baseline = RepeatedImage(build_model(args.preset, torch.float32, "eager").to(args.device))
-    sam = SamModel(SamConfig(vision_config={"num_hidden_layers": 1})).to(args.device).eval()
     embeddings = torch.randn(1, 256, SIZE // 16, SIZE // 16, device=args.device)
     points = torch.rand(1, 64, 1, 2, device=args.device) * (SIZE - 1)
     labels = torch.ones(1, 64, 1, dtype=torch.long, device=args.device)
-    ways = {
-        "image repeated, float32": Way(lambda: baseline(embeddings, points, labels)),
-        "SamModel, float32": Way(
-            lambda: sam(image_embeddings=embeddings, input_points=points, input_labels=labels),
-        ),
-    }
+    ways = {"image repeated, float32": Way(lambda: baseline(embeddings, points, labels))}
+    for attention in ("eager", "sdpa"):
+        sam = SamModel(SamConfig(vision_config={"num_hidden_layers": 1}))
+        sam.set_attn_implementation(attention)
+        prompts = {"image_embeddings": embeddings, "input_points": points, "input_labels": labels}
+        ways[f"SamModel {attention}, float32"] = Way(partial(sam.to(args.device).eval(), **prompts))
     take_turns(ways, min(args.repeats, 3), args.device)
     return print_row("64 prompts", ways, rates)
 
@@ -382,9 +382,7 @@ def main() -> None:
             "machine": machine,
             "date": date,
         }
-        partial = Path(args.json).with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(args.json)
+        write_json(Path(args.json), record)
 
 
 if __name__ == "__main__":

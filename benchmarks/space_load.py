@@ -12,7 +12,6 @@ the next begins with new ones: memory that does not return would add up. Ends wi
 
 import argparse
 import io
-import json
 import random
 import re
 import statistics
@@ -31,6 +30,7 @@ import torch
 import transformers
 from PIL import Image, ImageOps
 
+from efficientsam_hf.files import write_json
 from efficientsam_hf.machine import describe_machine
 
 
@@ -254,9 +254,7 @@ def main() -> int:
     print("\n".join(results["errors"][:20]))
     if args.json:
         record = {"arguments": vars(args), "results": results, "machine": machine, "versions": versions, "date": date}
-        partial = Path(args.json).with_suffix(".partial")
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(args.json)
+        write_json(Path(args.json), record)
     return 1 if results["errors"] else 0
 
 

@@ -30,6 +30,7 @@ from efficientsam_hf.data.crops import RandomCrop
 from efficientsam_hf.data.feature_cache import INDEX, CacheIndex, describe, write_cache
 from efficientsam_hf.data.images import SceneImages
 from efficientsam_hf.data.teacher import Teacher, load_teacher
+from efficientsam_hf.files import write_json
 from efficientsam_hf.machine import describe_machine
 
 
@@ -154,7 +155,7 @@ def main() -> int:
     print(json.dumps(record, indent=2))
     if args.json:
         arguments = {name: str(value) for name, value in vars(args).items()}
-        args.json.write_text(json.dumps({"arguments": arguments, **record}, indent=2) + "\n")
+        write_json(args.json, {"arguments": arguments, **record})
     cache = record.get("cache", {})
     return 1 if cache.get("shards_written_twice") or cache.get("other_files") else 0
 

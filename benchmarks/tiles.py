@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from efficientsam_hf import EfficientSamMaskGenerator, EfficientSamModel, EfficientSamProcessor, default_checkpoint
+from efficientsam_hf.files import write_json
 from efficientsam_hf.machine import describe_machine
 from efficientsam_hf.models.rle_efficientsam import rle_pixels
 from efficientsam_hf.tiles import segment_tiles, tile_starts
@@ -144,7 +145,7 @@ def main() -> None:
     }
     print(json.dumps(record, indent=2))
     if args.json:
-        args.json.write_text(json.dumps({**vars(args), "json": None, **record}, indent=2) + "\n")
+        write_json(args.json, {**vars(args), "json": None, **record})
 
 
 if __name__ == "__main__":
