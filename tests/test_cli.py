@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, run in this process on a small model with random weights: results, grouping and every refusal."""
 
+import hashlib
 import io
 import json
 import os
@@ -385,6 +386,8 @@ def test_evaluate_prints_and_writes(
     metrics = record["metrics"]
     assert metrics["objects"] == 2 and set(metrics) >= {"center", "center:5", "box"} and "uniform" not in metrics
     assert record["command"].startswith("efficientsam evaluate ")
+    content = Path(coco[coco.index("--annotations") + 1]).read_bytes()
+    assert record["protocol"]["annotations"] == f"sha256:{hashlib.sha256(content).hexdigest()[:16]}"
     assert record["protocol"]["clicks"] == [1, 3, 5] and record["revision"].startswith("sha256:")
     assert {"torch", "transformers", "python", "efficientsam-hf"} <= set(record["versions"])
     assert record["machine"]["cores"] >= 1 and record["machine"]["gpus"] == [] and record["date"].endswith("+00:00")

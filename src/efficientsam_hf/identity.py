@@ -25,9 +25,7 @@ def model_revision(name: str, revision: str | None = None) -> str:
         files = [folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("*.bin")]
         for path in sorted(path for path in files if path.is_file()):
             digest.update(path.name.encode())
-            with path.open("rb") as file:
-                while block := file.read(2**20):
-                    digest.update(block)
+            _add_content(digest, path)
         return f"sha256:{digest.hexdigest()[:16]}"
     try:
         commit = extract_commit_hash(cached_file(name, "config.json", revision=revision), None)
@@ -36,3 +34,16 @@ def model_revision(name: str, revision: str | None = None) -> str:
     if commit is None:
         raise OSError(f"{name} is no folder, and its commit on the Hub cannot be found")
     return commit
+
+
+def file_revision(path: str | Path) -> str:
+    """The content of a file as "sha256:..."."""
+    digest = hashlib.sha256()
+    _add_content(digest, Path(path))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _add_content(digest: "hashlib._Hash", path: Path) -> None:
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)

@@ -283,9 +283,13 @@ def format_difference(difference: dict[str, Any]) -> str:
 
 def _protocol(args: argparse.Namespace) -> dict[str, Any]:
     """What the numbers mean, beyond the names of the prompts."""
+    from ..identity import file_revision
+
     common = {"limit": args.limit, "resolution": "that of the picture", "masks_per_prompt": 3}
     if args.scenes:
         common |= {"scenes": args.scenes, "scene_size": args.scene_size}
+    else:
+        common |= {"annotations": file_revision(args.annotations)}
     if args.everything:
         return {**common, "masks": "all of a grid of points, categories ignored", **generator_options(args)}
     if args.boxes:

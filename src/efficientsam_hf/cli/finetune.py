@@ -69,7 +69,12 @@ def finetune(arguments: Any) -> dict[str, Any]:
     torch.manual_seed(arguments.seed)
     model, processor = build_model(arguments)
     module = InteractiveSegmentation(
-        model, processor, arguments.sampling(), arguments.loss_weights(), arguments.box_loss_weights()
+        model,
+        processor,
+        arguments.sampling(),
+        arguments.loss_weights(),
+        arguments.box_loss_weights(),
+        whole_size=arguments.stages()[-1].image_size if arguments.crops else None,
     )
     module.freeze(arguments.parts("freeze"))
     if arguments.lora_rank:

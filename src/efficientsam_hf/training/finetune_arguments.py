@@ -53,7 +53,7 @@ class FinetuneArguments(PictureArguments):
     crops: bool = option(
         False,
         "In stages with images smaller than the last stage's, show parts of annotated pictures at the last stage's "
-        "scale, not whole pictures at a smaller one: cheap steps for small objects.",
+        "scale and at positions in it, not whole pictures at a smaller one: cheap steps for small objects.",
     )
     evaluate_scenes: int = option(0, "Held-out scenes (of another seed) in each evaluation.")
     eval_annotations: str | None = option(None, "COCO instances json to evaluate on.")

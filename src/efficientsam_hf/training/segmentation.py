@@ -2,6 +2,7 @@
 """Interactive segmentation as one differentiable forward: embed once, then rounds of simulated prompts."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..data import prompts
 from .lora import add_adapters, merged_state_dict
 from .losses import area_targets, binary_targets, segmentation_losses
 from .pictures import prediction_sheet
+from .position_window import PositionWindow
 
 
 # What can be frozen: part -> the model's submodules that belong to it.
@@ -62,6 +64,8 @@ class InteractiveSegmentation(nn.Module):
     `box_loss_weights` replaces the `focal_alpha` and `relaxation` of `loss_weights` for objects with a box: a box
     says which object is meant and how large it is, so its three masks need not differ, and what is uncertain in it is
     more often object than what is uncertain around a click.
+    With `whole_size`, a side in pixels, smaller images are parts of pictures that would be as large: those of a batch
+    lie together at a random place of it.
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class InteractiveSegmentation(nn.Module):
         sampling: PromptSampling | None = None,
         loss_weights: dict[str, float] | None = None,
         box_loss_weights: dict[str, float] | None = None,
+        whole_size: int | None = None,
     ):
         super().__init__()
         self.model = model
@@ -78,6 +83,7 @@ class InteractiveSegmentation(nn.Module):
         self.sampling = sampling or PromptSampling()
         self.loss_weights = dict(loss_weights or {})
         self.box_loss_weights = dict(box_loss_weights or {})
+        self.window = PositionWindow(model, whole_size) if whole_size else None
         self.compiled: dict[str, object] = {}
         self._no_split_modules = model._no_split_modules  # what FSDP's transformer policy wraps
         if model.config.prompt_encoder_config.mask_prompts and not self._gives_masks():
@@ -132,6 +138,17 @@ class InteractiveSegmentation(nn.Module):
         objects. "weight" is that of all rounds, so that an object counts alike in whichever batch, or process, it is.
         """
         generator = torch.Generator(batch["masks"].device).manual_seed(int(batch["seed"]))
+        with self._placed(batch, generator):
+            return self._rounds(batch, generator)
+
+    def _placed(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> AbstractContextManager:
+        """Inside the block images that are parts of pictures lie somewhere in them; all others are as they are."""
+        size = batch["pixel_values"].shape[-2:]
+        place = self.window.random_place(size, generator) if self.window else None
+        return nullcontext() if place is None else self.window.at(place)
+
+    def _rounds(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        """Embed once, then prompt by prompt; what `forward` returns."""
         embeddings = self._part("embed", self.model.get_image_embeddings)(batch["pixel_values"])
         masks, object_mask = batch["masks"], batch["object_mask"]
         targets, prompt = self._first_prompts(masks, object_mask, generator)
@@ -219,9 +236,10 @@ class InteractiveSegmentation(nn.Module):
     def predict(self, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Low-resolution answer to the first prompts, of the three the one scored highest: (B, Q, h, w) logits."""
         generator = torch.Generator(batch["masks"].device).manual_seed(int(batch["seed"]))
-        _, prompt = self._first_prompts(batch["masks"], batch["object_mask"], generator)
-        embeddings = self.model.get_image_embeddings(batch["pixel_values"])
-        logits, scores, _ = self.model.decode_prompts(embeddings, **prompt)
+        with self._placed(batch, generator):
+            _, prompt = self._first_prompts(batch["masks"], batch["object_mask"], generator)
+            embeddings = self.model.get_image_embeddings(batch["pixel_values"])
+            logits, scores, _ = self.model.decode_prompts(embeddings, **prompt)
         return best_of_three(logits, scores), prompt
 
     def picture(self, batch: dict[str, torch.Tensor]) -> Image.Image:
