@@ -2,6 +2,9 @@
 """The fast prompt decoder against the plain one, which training and everything else uses."""
 
 import copy
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -70,6 +73,56 @@ def test_chunks_change_nothing(model, chunk: int) -> None:
     expected, expected_scores = EfficientSamFastDecoder(model, embeddings)(**prompts("both"))
     torch.testing.assert_close(masks, expected, rtol=0, atol=1e-4)
     torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("plainly", [False, True])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_only_prompts_above_a_threshold(model, share: float, plainly: bool, monkeypatch) -> None:
+    """Their masks are those of a call; the score of mask token 0, which is no candidate, counts for nothing."""
+    embeddings = torch.randn(1, 256, 8, 8, generator=torch.Generator().manual_seed(3))
+    points, labels = (prompts("two points")[name] for name in ("input_points", "input_labels"))
+    if plainly:
+        monkeypatch.setattr(module, "_has_plain_layers", lambda decoder: False)
+    decoder = EfficientSamFastDecoder(model, embeddings, chunk_size=2)
+    masks, scores = decoder(points, labels)
+    best = scores[:, 1:].amax(1)
+    threshold = {0.0: best.max(), 0.5: best.median(), 1.0: best.min() - 1}[share].item()
+    above = (best > threshold).nonzero()[:, 0]
+    assert len(above) == {0.0: 0, 0.5: QUERIES // 2, 1.0: QUERIES}[share]
+    found, found_scores, index = decoder.decode_above(threshold, points, labels)
+    assert index.tolist() == above.tolist()
+    torch.testing.assert_close(found, masks[above], rtol=0, atol=1e-5)
+    torch.testing.assert_close(found_scores, scores[above], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_rows_at_once_change_nothing(model, rows: int, monkeypatch) -> None:
+    embeddings = torch.randn(1, 256, 8, 8, generator=torch.Generator().manual_seed(4))
+    expected, _ = EfficientSamFastDecoder(model, embeddings, chunk_size=3)(**prompts("boxes"))
+    monkeypatch.setattr(module, "CPU_UPSCALED_BYTES", rows * 3 * 8 * 512 * 4)
+    decoder = EfficientSamFastDecoder(model, embeddings, chunk_size=3)
+    assert decoder.tokens_at_once == rows * 8
+    torch.testing.assert_close(decoder(**prompts("boxes"))[0], expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for memory as glibc keeps it")
+def test_chunks_use_the_memory_of_those_before_them() -> None:
+    """Beyond the logits, 2 MiB a prompt, hardly a page of memory is asked of the system once the first are decoded."""
+    script = """
+import resource, torch
+from efficientsam_hf import EfficientSamConfig, EfficientSamModel
+from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
+model = EfficientSamModel(EfficientSamConfig.from_preset("ti", vision_config={"num_hidden_layers": 1})).eval()
+decoder = EfficientSamFastDecoder(model, torch.randn(1, 256, 64, 64))
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for count in (4, 24):
+    before = faults()
+    masks, _ = decoder(torch.rand(count, 1, 2) * 1023, torch.ones(count, 1, dtype=torch.long))
+    pages = masks.nbytes / resource.getpagesize()
+print((faults() - before) / pages)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 4  # 7 if each chunk asks for its memory again
 
 
 @pytest.mark.parametrize(

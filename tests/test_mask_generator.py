@@ -232,11 +232,17 @@ class _OneAnswer(torch.nn.Module):
 def generate_from(logits: torch.Tensor, scores: list[float], size: tuple[int, int], monkeypatch, **options) -> dict:
     """What the generator makes of given logits, for one point."""
     model = _OneAnswer(logits, scores)
-    masks = torch.cat([logits[:1], logits])
-    answer = lambda points, labels: (  # noqa: E731
-        masks.expand(len(points), -1, -1, -1), torch.cat([model.scores[:1], model.scores]).expand(len(points), -1)
-    )  # fmt: skip
-    monkeypatch.setattr(module, "EfficientSamFastDecoder", lambda *a: answer)
+    masks, all_scores = torch.cat([logits[:1], logits]), torch.cat([model.scores[:1], model.scores])
+
+    class Decoder:
+        def __call__(self, points, labels):
+            return masks.expand(len(points), -1, -1, -1), all_scores.expand(len(points), -1)
+
+        def decode_above(self, threshold, points, labels):
+            prompts = torch.arange(len(points) if (model.scores > threshold).any() else 0)
+            return *self(points[prompts], labels[prompts]), prompts
+
+    monkeypatch.setattr(module, "EfficientSamFastDecoder", lambda *a: Decoder())
     generator = EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size=1024), points_per_crop=1)
     return generator(Image.new("RGB", size), **{"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, **options})
 

@@ -16,9 +16,9 @@ from torch import nn
 from .modeling_efficientsam import EfficientSamAttention, EfficientSamModel, place_pixels
 
 
-# Of image tokens in a chunk: 2 prompts of 64 x 64 tokens of 256 float32 channels. Upscaling makes twice as much of
-# them, which then stays below the 32 MiB from which glibc returns memory to the system after each use.
-CPU_BYTES = 2 * 64 * 64 * 256 * 4
+CPU_BYTES = 2 * 64 * 64 * 256 * 4  # of image tokens in a chunk: 2 prompts of 64 x 64 tokens of 256 float32 channels
+CPU_UPSCALED_BYTES = 2**21  # of what a chunk's image tokens become in upscaling, at once: two cores' caches hold them
+GLIBC_MAPPED_BYTES = 2**25  # glibc maps every larger block by itself, and returns it to the system when it is freed
 GPU_SHARE = 0.25  # part of a GPU's free memory that a chunk may take
 GPU_COPIES = 8  # tensors of the size of a prompt's image tokens that exist at once while it is decoded
 MOST_PROMPTS = 256  # in a chunk
@@ -50,6 +50,7 @@ class EfficientSamFastDecoder:
     @torch.no_grad()
     def _prepare(self) -> None:
         """Everything about the image that no prompt changes."""
+        _keep_freed_memory(self.embeddings.device)
         prompt_encoder, decoder = self.model.prompt_encoder, self.model.mask_decoder
         dtype = prompt_encoder.point_embed.weight.dtype
         height, width = self.grid_size = self.embeddings.shape[2:]
@@ -67,6 +68,10 @@ class EfficientSamFastDecoder:
         norm = decoder.upscale_norm
         shape = (self.image.shape[1], 4, len(norm.weight))
         children = torch.arange(16 * self.image.shape[1], device=image.device)[None, None, :, None]
+        self.mask_count = len(decoder.mask_tokens.weight)
+        row_bytes = 2 * self.chunk_size * self.image[:, :width].numel() * dtype.itemsize  # of upscaled tokens
+        rows = max(1, CPU_UPSCALED_BYTES // row_bytes) if image.device.type == "cpu" else height
+        self.tokens_at_once = rows * width
         self.child_of_pixel = place_pixels(children, self.grid_size).flatten()
         self.norm_weight, self.norm_bias = (p.to(dtype).expand(shape).contiguous() for p in (norm.weight, norm.bias))
 
@@ -82,43 +87,65 @@ class EfficientSamFastDecoder:
         (Q, P, 2), (Q, P) and (Q, 4), coordinates in model pixels, as `decode_prompts` takes them for one image; its
         errors are raised.
         """
-        prompts = [None if p is None else p.unsqueeze(0) for p in (input_points, input_labels, input_boxes)]
+        masks, scores, _ = self._decode_all([input_points, input_labels, input_boxes], None)
+        return masks, scores
+
+    @torch.no_grad()
+    def decode_above(
+        self, threshold: float, input_points: torch.Tensor, input_labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As a call, for the K prompts that have a candidate (mask tokens 1 to 3) of predicted IoU above `threshold`.
+
+        (Q, P, 2), (Q, P) -> logits (K, 4, 4h, 4w), predicted IoU (K, 4), index of each in the prompts (K). What the
+        others cost ends where the scores are known: about half of a prompt's operations upscale its masks.
+        """
+        return self._decode_all([input_points, input_labels, None], threshold)
+
+    def _decode_all(self, prompts: list[torch.Tensor | None], threshold: float | None):
+        """Logits (K, 4, 4h, 4w), predicted IoU (K, 4) and index (K) of prompts above the threshold, None for all."""
+        prompts = [None if p is None else p.unsqueeze(0) for p in prompts]
         prompts[1] = self.model._check_prompts(self.embeddings, *prompts, None)
         if not self.is_plain:
-            return self._decode_plainly(prompts)
+            return self._decode_plainly(prompts, threshold)
         patch = self.model.config.vision_config.patch_size
         size = (self.grid_size[0] * patch, self.grid_size[1] * patch)
         tokens, mask = self.model.prompt_encoder(*prompts, size)
         tokens = tokens[0].to(self.image.dtype)
         mask = None if mask is None or bool(mask.all()) else mask[0]
-        chunks = range(0, len(tokens), self.chunk_size)
-        pieces = [
-            self._decode(tokens[i : i + self.chunk_size], None if mask is None else mask[i : i + self.chunk_size])
-            for i in chunks
-        ]
-        return torch.cat([masks for masks, _ in pieces]), torch.cat([scores for _, scores in pieces])
+        masks = tokens.new_empty(len(tokens), self.mask_count, *(4 * side for side in self.grid_size))
+        scores, good, count = [], [], 0
+        for start in range(0, len(tokens), self.chunk_size):
+            part = slice(start, start + self.chunk_size)
+            decoded, image = self._transform(
+                *self._with_own_tokens(tokens[part], None if mask is None else mask[part])
+            )
+            scores.append(self.model.mask_decoder.iou_prediction_head(decoded[:, 0]))
+            good.append(_is_above(scores[-1], threshold))
+            if not good[-1].all():
+                decoded, image = decoded[good[-1]], image[good[-1]]
+            if len(image):
+                self._write_masks(image, decoded, masks[count : count + len(image)].flatten(2))
+            count += len(image)
+        good = torch.cat(good)
+        return masks[:count], torch.cat(scores)[good], good.nonzero()[:, 0]
 
-    def _decode_plainly(self, prompts: list[torch.Tensor | None]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode_plainly(self, prompts: list[torch.Tensor | None], threshold: float | None):
         """By the model's own method."""
-        pieces = []
+        masks, scores, good = [], [], []
         for start in range(0, next(p for p in prompts if p is not None).shape[1], self.chunk_size):
             part = [None if p is None else p[:, start : start + self.chunk_size] for p in prompts]
-            pieces.append(self.model.decode_prompts(self.embeddings, *part))
-        return torch.cat([masks[0] for masks, _, _ in pieces]), torch.cat([scores[0] for _, scores, _ in pieces])
+            logits, predicted, _ = self.model.decode_prompts(self.embeddings, *part)
+            good.append(_is_above(predicted[0], threshold))
+            masks.append(logits[0][good[-1]])
+            scores.append(predicted[0][good[-1]])
+        return torch.cat(masks), torch.cat(scores), torch.cat(good).nonzero()[:, 0]
 
-    def _decode(self, prompt_tokens: torch.Tensor, prompt_mask: torch.Tensor | None):
+    def _with_own_tokens(self, prompt_tokens: torch.Tensor, prompt_mask: torch.Tensor | None):
+        """The decoder's tokens before a prompt's: (Q, T, C) and, True for padding, (Q, T) or None."""
         decoder = self.model.mask_decoder
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).to(prompt_tokens.dtype)
         tokens = torch.cat([own.expand(len(prompt_tokens), -1, -1), prompt_tokens], dim=1)
-        hidden = None if prompt_mask is None else ~F.pad(prompt_mask, (len(own), 0), value=True)
-        tokens, image = self._transform(tokens, hidden)
-        weights = torch.stack(
-            [mlp(tokens[:, 1 + index]) for index, mlp in enumerate(decoder.output_hypernetworks_mlps)], dim=2
-        )
-        # Rows of four logits are moved, where place_pixels moves single ones.
-        masks = (self._upscale(image) @ weights).index_select(1, self.child_of_pixel).transpose(1, 2)
-        masks = masks.reshape(*masks.shape[:2], *(4 * side for side in self.grid_size))
-        return masks, decoder.iou_prediction_head(tokens[:, 0])
+        return tokens, None if prompt_mask is None else ~F.pad(prompt_mask, (len(own), 0), value=True)
 
     def _transform(self, tokens: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The two-way transformer: (Q, T, C), (Q, T) bool with True for padding -> (Q, T, C), (Q, N, C)."""
@@ -158,14 +185,26 @@ class EfficientSamFastDecoder:
         key = _heads(attention.k_proj(key), attention).transpose(0, 1).flatten(1, 2) * attention.scaling
         return (key @ self.first_queries).unflatten(1, (count, length)).transpose(0, 1)
 
-    def _upscale(self, image: torch.Tensor) -> torch.Tensor:
-        """As the mask decoder's, with the affine part of its norm done in the same pass: -> (Q, N * 16, C / 8)."""
+    def _write_masks(self, image: torch.Tensor, tokens: torch.Tensor, masks: torch.Tensor) -> None:
+        """Upscale image tokens and weigh their channels by the mask tokens': (Q, N, C), (Q, T, C) -> (Q, M, 16 * N).
+
+        As the mask decoder upscales, with the affine part of its norm done in the same pass. That norm is over all
+        tokens; what follows it is done for some rows at a time.
+        """
         decoder = self.model.mask_decoder
-        features = _children(image, decoder.upscale_conv1)
         norm = decoder.upscale_norm
+        heads = enumerate(decoder.output_hypernetworks_mlps)
+        weights = torch.stack([head(tokens[:, 1 + index]) for index, head in heads], dim=2)  # (Q, C / 8, M)
+        features = _children(image, decoder.upscale_conv1)
         features = F.layer_norm(features, features.shape[1:], self.norm_weight, self.norm_bias, norm.eps)
-        features = decoder.activation(features).flatten(1, 2)
-        return decoder.activation(_children(features, decoder.upscale_conv2)).flatten(1, 2)
+        start = 0
+        for block in features.split(self.tokens_at_once, dim=1):
+            children = _children(decoder.activation(block).flatten(1, 2), decoder.upscale_conv2)
+            pixels = decoder.activation(children).flatten(1, 2) @ weights
+            # Rows of four logits are moved, where place_pixels moves single ones.
+            pixels = pixels.index_select(1, self.child_of_pixel[: pixels.shape[1]])
+            masks[:, :, start : start + pixels.shape[1]] = pixels.transpose(1, 2)
+            start += pixels.shape[1]
 
 
 def _chunk_size(prompt_bytes: int, device: torch.device) -> int:
@@ -176,6 +215,24 @@ def _chunk_size(prompt_bytes: int, device: torch.device) -> int:
     else:
         budget = CPU_BYTES if device.type == "cpu" else 16 * CPU_BYTES
     return min(max(1, int(budget // prompt_bytes)), MOST_PROMPTS)
+
+
+def _keep_freed_memory(device: torch.device) -> None:
+    """Let the memory that a chunk frees stay with the process, for the next one, where the C library is glibc.
+
+    It gives the end of its heap back whenever that is twice as large as the largest mapped block that was ever freed
+    (mallopt(3), M_TRIM_THRESHOLD): each chunk would then ask for the same memory again, and the system would clear it
+    page by page. Freeing one large block, which is never written to, ends that.
+    """
+    if device.type == "cpu":
+        torch.empty(GLIBC_MAPPED_BYTES - 2**16, dtype=torch.uint8)
+
+
+def _is_above(scores: torch.Tensor, threshold: float | None) -> torch.Tensor:
+    """Prompts that have a candidate above the threshold, None for all of them: (Q, 4) -> (Q) bool."""
+    if threshold is None:
+        return torch.ones(len(scores), dtype=torch.bool, device=scores.device)
+    return (scores[:, 1:].float() > threshold).any(1)
 
 
 def _has_plain_layers(decoder: nn.Module) -> bool:

@@ -354,19 +354,19 @@ class _Crop:
 
     def _filtered(self, start: int, end: int, held: _HeldLogits) -> _Candidates:
         """What a part of the grid gives."""
-        masks, scores = self._decoded(self.points[start:end])
-        count = masks.shape[1]
-        masks, scores = masks.flatten(0, 1), scores.flatten().float()
-        index = torch.arange(len(scores), device=scores.device)
-        if self.options.pred_iou_thresh > 0:
-            index = index[scores > self.options.pred_iou_thresh]
+        threshold = self.options.pred_iou_thresh if self.options.pred_iou_thresh > 0 else -math.inf
+        masks, scores, prompts = self.decoder.decode_above(threshold, *self._clicks(self.points[start:end]))
+        masks, scores = masks[:, 1:], scores[:, 1:].float()
         parts = []
-        for chosen in index.split(FILTERED_AT_ONCE):
-            good, cores, windows = self._promising(masks[chosen])
-            chosen = chosen[good]
-            points, tokens = (start + chosen // count).cpu(), (chosen % count).cpu()
-            places = held.add(masks[chosen], windows)
-            parts.append(_Candidates(scores[chosen].cpu(), points, tokens, cores, windows, places))
+        for rows, tokens in zip(
+            *(found.split(FILTERED_AT_ONCE) for found in (scores > threshold).nonzero().unbind(1))
+        ):
+            logits = masks[rows, tokens]
+            good, cores, windows = self._promising(logits)
+            rows, tokens = rows[good], tokens[good]
+            places = held.add(logits[good], windows)
+            points = (start + prompts[rows]).cpu()
+            parts.append(_Candidates(scores[rows, tokens].cpu(), points, tokens.cpu(), cores, windows, places))
         return _Candidates.joined(parts)
 
     def _promising(self, masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -381,11 +381,10 @@ class _Crop:
             good &= (cells < STABILITY_CELLS * self.cells_per_pixel) | _may_be_stable(logits, options)
         return good, _block_boxes(inside[good]).cpu(), masks_to_boxes(around[good]).cpu()
 
-    def _decoded(self, points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The candidates of each click: (Q, 2) -> logits (Q, M, h, w), predicted IoU (Q, M)."""
-        labels = torch.ones(len(points), 1, dtype=torch.long, device=points.device)
-        masks, scores = self.decoder(points[:, None], labels)
-        return masks[:, 1:], scores[:, 1:]
+    @staticmethod
+    def _clicks(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A prompt for each point: (Q, 2) -> (Q, 1, 2), labels (Q, 1)."""
+        return points[:, None], torch.ones(len(points), 1, dtype=torch.long, device=points.device)
 
     def _logits(self, candidates: _Candidates, turn: list[int], held: _HeldLogits) -> list[torch.Tensor]:
         """Low-resolution logits of some candidates; those that are not held are decoded again."""
@@ -396,9 +395,10 @@ class _Crop:
             if index not in missing
         }
         if missing:
-            masks, _ = self._decoded(self.points[candidates.points[missing].to(self.points.device)])
+            points = self.points[candidates.points[missing].to(self.points.device)]
+            masks, _ = self.decoder(*self._clicks(points))
             for row, index in enumerate(missing):
-                logits[index] = masks[row, candidates.tokens[index]]
+                logits[index] = masks[row, 1 + candidates.tokens[index]]
         return [logits[index] for index in turn]
 
     def _box_limits(self, candidates: _Candidates) -> tuple[torch.Tensor, torch.Tensor]:
