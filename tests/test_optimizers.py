@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which optimiser trains which weight."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from efficientsam_hf.training.arguments import TrainerArguments
+from efficientsam_hf.training.muon import StackedMuon, orthogonalize
 from efficientsam_hf.training.optimizers import make_optimizers
 
 
@@ -80,3 +83,55 @@ def test_nothing_to_train_is_an_error() -> None:
 def test_unknown_optimizer_is_named() -> None:
     with pytest.raises(ValueError, match="optimizer must be one of adamw, muon, got 'sgd'"):
         arguments(optimizer="sgd")
+
+
+NEWTON_SCHULZ = {"coefficients": (3.4445, -4.7750, 2.0315), "steps": 5, "eps": 1e-7}
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """As the method's author writes it, in float64: (A, B) -> (A, B) with A <= B."""
+    a, b, c = NEWTON_SCHULZ["coefficients"]
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(NEWTON_SCHULZ["steps"]):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (8, 40), (1, 5), (96, 384)])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 3.0], ids=["round", "uneven", "nearly singular"])
+def test_stacks_are_orthogonalized_as_single_matrices(shape: tuple[int, int], decay: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scales = 10 ** -(decay * torch.linspace(0, 1, shape[0]))
+    stack = torch.randn(3, *shape, generator=generator) * scales[:, None]
+    expected = torch.stack([newton_schulz(matrix) for matrix in stack]).float()
+    torch.testing.assert_close(orthogonalize(stack, **NEWTON_SCHULZ), expected, rtol=0, atol=2e-3)
+    torch.testing.assert_close(orthogonalize(stack.mT, **NEWTON_SCHULZ), expected.mT, rtol=0, atol=2e-3)
+
+
+def test_a_gradient_of_zeros_is_no_update() -> None:
+    assert not orthogonalize(torch.zeros(2, 4, 6), **NEWTON_SCHULZ).any()
+
+
+def test_stacked_muon_takes_the_steps_of_torch(monkeypatch) -> None:
+    """Where torch computes in float32 too; the state of one goes on in the other."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+    torch.manual_seed(0)
+    ours = [nn.Parameter(torch.randn(shape)) for shape in ((6, 10), (10, 6), (6, 10), (8, 8))]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    stacked = StackedMuon([{"params": ours[:2]}, {"params": ours[2:]}], lr=0.02, weight_decay=0.1)
+    plain = torch.optim.Muon(
+        [{"params": theirs[:2]}, {"params": theirs[2:]}], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    start = [p.detach().clone() for p in ours]
+    for step in range(6):
+        for own, other in zip(ours, theirs):
+            own.grad = torch.randn_like(own)
+            other.grad = own.grad.clone()
+        ours[0].grad = theirs[0].grad = None if step == 2 else ours[0].grad
+        stacked.step()
+        plain.step()
+        if step == 3:
+            stacked.load_state_dict(copy.deepcopy(plain.state_dict()))
+    for own, other, before in zip(ours, theirs, start):
+        assert (own - other).norm() < 1e-3 * (own - before).norm()

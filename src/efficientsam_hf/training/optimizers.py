@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from .arguments import TrainerArguments
+from .muon import StackedMuon
 
 
 def make_optimizers(module: nn.Module, arguments: TrainerArguments, fused: bool) -> list[torch.optim.Optimizer]:
@@ -52,12 +53,10 @@ def _adamw(scales: dict[nn.Parameter, float], arguments: TrainerArguments, fused
     return torch.optim.AdamW(groups, lr=arguments.learning_rate, betas=betas, fused=fused)
 
 
-def _muon(scales: dict[nn.Parameter, float], arguments: TrainerArguments) -> torch.optim.Muon:
-    """Muon (Jordan et al. 2024) with updates scaled to the size of AdamW's (Liu et al. 2025, arXiv 2502.16982)."""
+def _muon(scales: dict[nn.Parameter, float], arguments: TrainerArguments) -> StackedMuon:
     ratio = arguments.muon_learning_rate / arguments.learning_rate
-    return torch.optim.Muon(
+    return StackedMuon(
         [{"params": matrices, "lr_scale": ratio * scale} for scale, matrices in _by_scale(scales).items()],
         lr=arguments.muon_learning_rate,
         weight_decay=arguments.weight_decay,
-        adjust_lr_fn="match_rms_adamw",
     )
