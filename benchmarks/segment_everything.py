@@ -48,7 +48,7 @@ from efficientsam_hf import (
     default_checkpoint,
 )
 from efficientsam_hf.files import write_json
-from efficientsam_hf.machine import describe_machine
+from efficientsam_hf.machine import describe_machine, multiplies_well
 from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
 
 
@@ -96,7 +96,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--grid", type=int, default=32, help="points per side")
     parser.add_argument("--repeats", type=int, default=5, help="turns of encoder and prompts; everything takes one")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        choices=DTYPES,
+        help="default: float32, and bfloat16 where the device multiplies it well",
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true", help="also with torch.compile")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
@@ -105,6 +110,11 @@ def parse_arguments() -> argparse.Namespace:
     for name, values in (("prompts", args.prompts), ("repeats", [args.repeats]), ("grid", [args.grid])):
         if min(values) < 1:
             parser.error(f"--{name} must be at least 1, got {min(values)}")
+    if args.dtypes is None:
+        well = multiplies_well(torch.bfloat16, args.device)
+        args.dtypes = ["float32", "bfloat16"] if well else ["float32"]
+        if not well:
+            print(f"bfloat16 is not run: {args.device} multiplies it many times as slowly as float32")
     if args.image and not args.image.is_file():
         parser.error(f"--image {args.image} is no file")
     return args

@@ -123,7 +123,7 @@ class Run:
 def pretraining(args: argparse.Namespace, folder: Path, arm: str, seed: int) -> Run:
     """Run that gives an arm its encoder."""
     own = (TARGETS | ABLATIONS)[arm]
-    settings = {**PRETRAIN, **own, "image_sizes": str(args.size), "mixed_precision": "bf16", "seed": seed}
+    settings = {**PRETRAIN, **own, "image_sizes": str(args.size), "mixed_precision": "auto", "seed": seed}
     settings["model_overrides"] = yaml.safe_dump({"vision_config": ENCODER})
     if "teacher" in own:
         settings["teacher_resolution"] = args.size
@@ -132,7 +132,7 @@ def pretraining(args: argparse.Namespace, folder: Path, arm: str, seed: int) -> 
 
 def finetuning(args: argparse.Namespace, folder: Path, arm: str, seed: int) -> Run:
     """Run that makes a segmentation model of an arm's encoder, or of a new one."""
-    settings = {**FINETUNE, "image_sizes": str(args.size), "mixed_precision": "bf16", "seed": seed}
+    settings = {**FINETUNE, "image_sizes": str(args.size), "mixed_precision": "auto", "seed": seed}
     pretrained = arm in TARGETS | ABLATIONS
     settings["model"] = str(folder / f"pretrain_{arm}" / "model") if pretrained else "ti"
     settings["model_overrides"] = yaml.safe_dump({} if pretrained else {"vision_config": ENCODER})

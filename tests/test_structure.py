@@ -23,6 +23,7 @@ LEVELS = {
     "identity": 1,
     "processes": 1,
     "machine": 1,
+    "allocator": 1,
     "pipelines": 1,
     "tiles": 1,
     "predictor": 1,

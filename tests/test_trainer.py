@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from test_segmentation_training import example_batch, tiny_model
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
@@ -105,6 +106,30 @@ def stop_after(count: int):
             yield batch
 
     return source
+
+
+@pytest.mark.parametrize(("well", "precision"), [(True, "bf16"), (False, "no")])
+def test_a_run_keeps_the_precision_it_found(tmp_path, monkeypatch, well: bool, precision: str) -> None:
+    """Also on another machine, on which a new run would find another."""
+    monkeypatch.setattr("efficientsam_hf.training.precision.multiplies_well", lambda *_: well)
+    AcceleratorState._reset_state()
+    run = tmp_path / "run"
+    train(run, max_steps=10, mixed_precision="auto")
+    recorded = json.loads((run / "args.json").read_text())["arguments"]
+    monkeypatch.setattr("efficientsam_hf.training.precision.multiplies_well", lambda *_: not well)
+    shutil.rmtree(run / "model")
+    train(run, max_steps=10, mixed_precision="auto", resume=True)
+    AcceleratorState._reset_state()
+    assert recorded["mixed_precision"] == precision
+    assert [line["mixed_precision"] for line in log(run, "start")] == [precision] * 2
+
+
+def test_slow_bfloat16_is_named(tmp_path, monkeypatch, caplog) -> None:
+    monkeypatch.setattr("efficientsam_hf.training.precision.multiplies_well", lambda *_: False)
+    AcceleratorState._reset_state()
+    train(tmp_path / "run", max_steps=1, mixed_precision="bf16")
+    AcceleratorState._reset_state()
+    assert "mixed_precision bf16: cpu multiplies it many times as slowly as float32; take auto" in caplog.text
 
 
 def test_run_leaves_its_folder(tmp_path) -> None:

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What computed a number: the machine and the versions, as runs and evaluations record them."""
+"""What computed a number: the machine and the versions, as runs and evaluations record them; what it is good at."""
 
 import os
 import platform
+import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # those that decide the speed of matrix products
+SLOW = 8  # times as long as in float32: with instructions for a dtype it is half as long, without them hundreds
 PACKAGES = ("efficientsam-hf", "torch", "transformers", "accelerate")
 
 
@@ -28,6 +31,33 @@ def describe_machine(device: torch.device | None = None) -> dict:
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in used],
     }
+
+
+@cache
+def multiplies_well(dtype: torch.dtype, device: str) -> bool:
+    """Whether products of matrices in a dtype are none that the device ("cpu", "cuda:1", ...) emulates slowly.
+
+    A GPU says so itself; anything else multiplies two small matrices, which takes some milliseconds. It may well be
+    slower than in float32: CPUs without instructions for half precision take hundreds of times as long.
+    """
+    if torch.device(device).type == "cuda":
+        with torch.cuda.device(device):
+            return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+    try:
+        return _product_seconds(dtype, device) < SLOW * _product_seconds(torch.float32, device)
+    except (RuntimeError, TypeError):  # there is no such dtype on the device
+        return False
+
+
+def _product_seconds(dtype: torch.dtype, device: str, side: int = 128) -> float:
+    """Shortest of a few products of square matrices."""
+    matrix = torch.ones(side, side, dtype=dtype, device=device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def describe_versions() -> dict[str, str | None]:

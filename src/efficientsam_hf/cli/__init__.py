@@ -35,11 +35,13 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code; `argv` is `sys.argv[1:]` unless given."""
+    own_process = argv is None
     argv = _attach_negative_values(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
     try:
         args = build_parser().parse_args(argv)
         args.argv = list(argv)
+        args.own_process = own_process
         return args.run(args) or 0
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if show_traceback:

@@ -4,6 +4,7 @@
 import argparse
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,7 +33,12 @@ def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoModelForMaskGeneration, AutoProcessor
     from transformers.utils import logging
 
+    from ..machine import multiplies_well
+
     device = pick_device(args.device)
+    if args.dtype and not multiplies_well(getattr(torch, args.dtype), str(device)):
+        slow = f"{device} multiplies it many times as slowly as float32"
+        print(f"efficientsam: warning: --dtype {args.dtype}: {slow}", file=sys.stderr)
     name = model_name(name or "default")
     check_name(name)
     options = {"dtype": getattr(torch, args.dtype)} if args.dtype else {}

@@ -22,11 +22,16 @@ def add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
 
 def run_training(args: argparse.Namespace, command: str, kind: type, train: Callable[[Any], dict[str, Any]]) -> int:
     """Fill the arguments, train, say where the result is; `train` returns the trainer's summary."""
+    import torch
+
+    from ..allocator import keep_freed_memory
     from ..training.arguments import build_arguments, read_recipe
 
     recipe = read_recipe(args.recipe, command) if args.recipe else {}
     flags = {name: value for name, value in vars(args).items() if name in kind.__dataclass_fields__}
     arguments = build_arguments(kind, recipe, flags)
+    if args.own_process and (arguments.cpu or not torch.cuda.is_available()):
+        keep_freed_memory()
     summary = train(arguments)
     _leave_other_processes()
     print(

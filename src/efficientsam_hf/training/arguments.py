@@ -63,7 +63,10 @@ class TrainerArguments:
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0 switches it off.")
     ema_decay: float = option(0.999, "Decay of the averaged weights that are evaluated and saved; 0 switches it off.")
     mixed_precision: str = option(
-        "bf16", "Dtype of the computation; weights and optimiser stay float32.", choices=["no", "bf16", "fp16"]
+        "auto",
+        "Dtype of the computation; weights and optimiser stay float32. auto: bf16 where the device multiplies it "
+        "well, else no.",
+        choices=["auto", "no", "bf16", "fp16"],
     )
     compile: bool = option(False, "Compile the module's parts with torch.compile.")
     cpu: bool = option(False, "Train on the CPU even where there is a GPU.")

@@ -10,7 +10,7 @@ import time
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..files import PARTIAL, write_json
 from ..machine import describe_machine, describe_versions
@@ -39,13 +39,19 @@ def open_run(arguments: TrainerArguments) -> Path:
         raise ValueError(f"output_dir: {run} already holds a run; continue it with resume, or choose another folder")
     # A run that began before an argument existed computes what the argument's default stands for.
     defaults = {item.name: item.default for item in fields(arguments)}
-    before, now = defaults | json.loads(record.read_text())["arguments"], asdict(arguments)
+    before, now = defaults | recorded_arguments(run), asdict(arguments)
     differing = [name for name in now if name not in arguments.may_change and before[name] != now[name]]
     if differing:
         changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in differing)
         raise ValueError(f"resume: {run} was started with other arguments: {changes}")
     (run / "checkpoints").mkdir(exist_ok=True)
     return run
+
+
+def recorded_arguments(run: Path) -> dict[str, Any] | None:
+    """Arguments of the run in a folder; None if there is none."""
+    record = run / "args.json"
+    return json.loads(record.read_text())["arguments"] if record.is_file() else None
 
 
 def _is_new(run: Path) -> bool:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from safetensors import SafetensorError
@@ -38,6 +38,7 @@ from .checkpoints import (
 )
 from .ema import WeightAverage, gathered
 from .optimizers import make_optimizers
+from .precision import settle_precision
 from .run_folder import RunLog, check_room, open_run
 from .schedule import Due, Stage, decay_progress, learning_rate_factor, run_progress, stage_at
 
@@ -68,9 +69,9 @@ class Trainer:
         arguments: TrainerArguments,
         evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
     ):
-        self.arguments = arguments
         if arguments.num_threads:
             torch.set_num_threads(arguments.num_threads)
+        self.arguments = arguments = settle_precision(arguments, PartialState(cpu=arguments.cpu).device)
         trackers = _available_trackers(arguments.report_to)
         self.accelerator = Accelerator(
             mixed_precision=arguments.mixed_precision,
@@ -156,7 +157,7 @@ class Trainer:
         self.started = time.monotonic()
         if self.arguments.resume:
             self._resume()
-        self.log("start", step=self.step, elapsed=self.elapsed())
+        self.log("start", step=self.step, elapsed=self.elapsed(), mixed_precision=self.arguments.mixed_precision)
         self._set_up_periods()
         progress = self.progress()
         with self._signals_stop_the_loop(), self._progress_bar(progress) as bar:
