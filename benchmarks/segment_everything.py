@@ -48,7 +48,7 @@ from efficientsam_hf import (
     default_checkpoint,
 )
 from efficientsam_hf.files import write_json
-from efficientsam_hf.machine import describe_machine, multiplies_well
+from efficientsam_hf.machine import SLOW, describe_machine, relative_seconds
 from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
 
 
@@ -111,10 +111,10 @@ def parse_arguments() -> argparse.Namespace:
         if min(values) < 1:
             parser.error(f"--{name} must be at least 1, got {min(values)}")
     if args.dtypes is None:
-        well = multiplies_well(torch.bfloat16, args.device)
+        well = relative_seconds(torch.bfloat16, args.device) < SLOW
         args.dtypes = ["float32", "bfloat16"] if well else ["float32"]
         if not well:
-            print(f"bfloat16 is not run: {args.device} multiplies it many times as slowly as float32")
+            print(f"bfloat16 is not run: {args.device} emulates it")
     if args.image and not args.image.is_file():
         parser.error(f"--image {args.image} is no file")
     return args

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from efficientsam_hf import EfficientSamMaskGenerator, EfficientSamModel, EfficientSamProcessor, default_checkpoint
 from efficientsam_hf.files import write_json
-from efficientsam_hf.machine import describe_machine, multiplies_well
+from efficientsam_hf.machine import describe_machine, relative_seconds
 from efficientsam_hf.models.rle_efficientsam import rle_pixels
 from efficientsam_hf.tiles import segment_tiles, tile_starts
 from efficientsam_hf.training.scene_batches import scene_samples
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--overlap", type=int, default=128)
     parser.add_argument("--grid", type=int, default=16, help="points per side of a tile")
     parser.add_argument("--model", default=default_checkpoint())
-    parser.add_argument("--dtype", help="default: bfloat16 where the CPU multiplies it well, else float32")
+    parser.add_argument("--dtype", help="default: bfloat16 where the CPU multiplies it faster, else float32")
     parser.add_argument("--json", type=Path)
     return parser.parse_args()
 
@@ -120,7 +120,7 @@ def summary(ious: np.ndarray, pieces: np.ndarray) -> dict[str, float]:
 def main() -> None:
     args = parse_arguments()
     picture, objects = mosaic(args.side, args.scene)
-    args.dtype = args.dtype or ("bfloat16" if multiplies_well(torch.bfloat16, "cpu") else "float32")
+    args.dtype = args.dtype or ("bfloat16" if relative_seconds(torch.bfloat16, "cpu") < 1 else "float32")
     model = EfficientSamModel.from_pretrained(args.model, dtype=getattr(torch, args.dtype)).eval()
     generator = EfficientSamMaskGenerator(
         model, EfficientSamProcessor.from_pretrained(args.model), points_per_crop=args.grid

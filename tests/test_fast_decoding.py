@@ -95,6 +95,20 @@ def test_only_prompts_above_a_threshold(model, share: float, plainly: bool, monk
     torch.testing.assert_close(found_scores, scores[above], rtol=0, atol=1e-5)
 
 
+def test_the_single_mask_is_no_candidate() -> None:
+    scores = torch.tensor([[0.9, 0.1, 0.2, 0.3], [0.0, 0.1, 0.6, 0.3]])
+    assert module._is_above(scores, 0.5).tolist() == [False, True]
+    assert module._is_above(scores, None).tolist() == [True, True]
+
+
+def test_logits_have_the_dtype_of_the_plain_path(model) -> None:
+    embeddings = torch.randn(1, 256, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, _ = plain(model, embeddings, prompts("one point"))
+        masks, _ = EfficientSamFastDecoder(model, embeddings)(**prompts("one point"))
+    assert masks.dtype == expected.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("rows", [1, 3, 8])
 def test_rows_at_once_change_nothing(model, rows: int, monkeypatch) -> None:
     embeddings = torch.randn(1, 256, 8, 8, generator=torch.Generator().manual_seed(4))
@@ -109,8 +123,9 @@ def test_rows_at_once_change_nothing(model, rows: int, monkeypatch) -> None:
 def test_chunks_use_the_memory_of_those_before_them() -> None:
     """Beyond the logits, 2 MiB a prompt, hardly a page of memory is asked of the system once the first are decoded."""
     script = """
-import resource, torch
+import ctypes, resource, torch
 from efficientsam_hf import EfficientSamConfig, EfficientSamModel
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # no huge pages, which are asked for one by one
 from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
 model = EfficientSamModel(EfficientSamConfig.from_preset("ti", vision_config={"num_hidden_layers": 1})).eval()
 decoder = EfficientSamFastDecoder(model, torch.randn(1, 256, 64, 64))

@@ -99,7 +99,7 @@ def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("shape", [(16, 16), (8, 40), (1, 5), (96, 384)])
-@pytest.mark.parametrize("decay", [0.0, 1.0, 3.0], ids=["round", "uneven", "nearly singular"])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 3.0, 30.0], ids=["round", "uneven", "nearly singular", "rank one"])
 def test_stacks_are_orthogonalized_as_single_matrices(shape: tuple[int, int], decay: float) -> None:
     generator = torch.Generator().manual_seed(0)
     scales = 10 ** -(decay * torch.linspace(0, 1, shape[0]))

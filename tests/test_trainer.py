@@ -108,28 +108,43 @@ def stop_after(count: int):
     return source
 
 
-@pytest.mark.parametrize(("well", "precision"), [(True, "bf16"), (False, "no")])
-def test_a_run_keeps_the_precision_it_found(tmp_path, monkeypatch, well: bool, precision: str) -> None:
-    """Also on another machine, on which a new run would find another."""
-    monkeypatch.setattr("efficientsam_hf.training.precision.multiplies_well", lambda *_: well)
+@pytest.fixture
+def any_precision():
+    """Accelerate keeps the precision that it was first told in a process."""
     AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def bfloat16_takes(seconds: float, monkeypatch) -> None:
+    """As a multiple of float32."""
+    monkeypatch.setattr("efficientsam_hf.training.precision.relative_seconds", lambda *_: seconds)
+
+
+@pytest.mark.parametrize(("seconds", "precision"), [(0.4, "bf16"), (1.5, "no")])
+def test_a_run_keeps_the_precision_it_found(
+    tmp_path, monkeypatch, any_precision, seconds: float, precision: str
+) -> None:
+    """Also on another machine, on which a new run would find another."""
     run = tmp_path / "run"
+    bfloat16_takes(seconds, monkeypatch)
     train(run, max_steps=10, mixed_precision="auto")
     recorded = json.loads((run / "args.json").read_text())["arguments"]
-    monkeypatch.setattr("efficientsam_hf.training.precision.multiplies_well", lambda *_: not well)
+    bfloat16_takes(1 / seconds, monkeypatch)
     shutil.rmtree(run / "model")
     train(run, max_steps=10, mixed_precision="auto", resume=True)
-    AcceleratorState._reset_state()
     assert recorded["mixed_precision"] == precision
     assert [line["mixed_precision"] for line in log(run, "start")] == [precision] * 2
 
 
-def test_slow_bfloat16_is_named(tmp_path, monkeypatch, caplog) -> None:
-    monkeypatch.setattr("efficientsam_hf.training.precision.multiplies_well", lambda *_: False)
-    AcceleratorState._reset_state()
+def test_slow_bfloat16_is_named(tmp_path, monkeypatch, caplog, any_precision) -> None:
+    """When it is asked for, and when a run goes on where it is slow."""
+    bfloat16_takes(0.4, monkeypatch)
     train(tmp_path / "run", max_steps=1, mixed_precision="bf16")
-    AcceleratorState._reset_state()
-    assert "mixed_precision bf16: cpu multiplies it many times as slowly as float32; take auto" in caplog.text
+    assert not caplog.text
+    bfloat16_takes(30, monkeypatch)
+    train(tmp_path / "run", max_steps=1, mixed_precision="auto", resume=True)
+    assert "mixed_precision bf16: cpu emulates it" in caplog.text
 
 
 def test_run_leaves_its_folder(tmp_path) -> None:

@@ -6,9 +6,8 @@ import os
 import platform
 
 
-# Parameters of mallopt(3), from glibc's malloc.h, and the variables by which users set them.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES")
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # parameters of mallopt(3), from glibc's malloc.h
+VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_")
 
 
 def keep_freed_memory() -> bool:
@@ -19,7 +18,8 @@ def keep_freed_memory() -> bool:
     library is another, and where a variable of the environment says what malloc is to do. The process stays as large
     as it ever was: this is for one that does nothing else.
     """
-    if platform.libc_ver()[0] != "glibc" or any(name in os.environ for name in VARIABLES):
+    chosen = any(name in os.environ for name in VARIABLES) or "glibc.malloc." in os.environ.get("GLIBC_TUNABLES", "")
+    if chosen or platform.libc_ver()[0] != "glibc":
         return False
     library = ctypes.CDLL(None)
     return bool(library.mallopt(M_MMAP_MAX, 0) and library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What computed a number: the machine and the versions, as runs and evaluations record them; what it is good at."""
 
+import math
 import os
 import platform
 import time
@@ -12,7 +13,7 @@ import torch
 
 
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # those that decide the speed of matrix products
-SLOW = 8  # times as long as in float32: with instructions for a dtype it is half as long, without them hundreds
+SLOW = 4  # times as long as in float32: beyond that a dtype is emulated
 PACKAGES = ("efficientsam-hf", "torch", "transformers", "accelerate")
 
 
@@ -34,26 +35,34 @@ def describe_machine(device: torch.device | None = None) -> dict:
 
 
 @cache
-def multiplies_well(dtype: torch.dtype, device: str) -> bool:
-    """Whether products of matrices in a dtype are none that the device ("cpu", "cuda:1", ...) emulates slowly.
+def relative_seconds(dtype: torch.dtype, device: str) -> float:
+    """How long products of matrices in a dtype take on a device ("cpu", "cuda:1", ...), as a multiple of float32.
 
-    A GPU says so itself; anything else multiplies two small matrices, which takes some milliseconds. It may well be
-    slower than in float32: CPUs without instructions for half precision take hundreds of times as long.
+    CPUs without instructions for half precision emulate it and take tens to hundreds of times as long. Measured in a
+    fraction of a second, on one thread: several would wait for each other where other programs run. A GPU is not
+    measured, it says what it emulates. infinity where there is no such dtype.
     """
+    if dtype == torch.float32:
+        return 1.0
     if torch.device(device).type == "cuda":
         with torch.cuda.device(device):
-            return dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+            well = dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
+            return 0.5 if well else math.inf
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     try:
-        return _product_seconds(dtype, device) < SLOW * _product_seconds(torch.float32, device)
-    except (RuntimeError, TypeError):  # there is no such dtype on the device
-        return False
+        return _product_seconds(dtype, device) / _product_seconds(torch.float32, device)
+    except (RuntimeError, TypeError):  # not implemented there
+        return math.inf
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _product_seconds(dtype: torch.dtype, device: str, side: int = 128) -> float:
+def _product_seconds(dtype: torch.dtype, device: str, side: int = 256) -> float:
     """Shortest of a few products of square matrices."""
     matrix = torch.ones(side, side, dtype=dtype, device=device)
     seconds = []
-    for _ in range(5):
+    for _ in range(4):
         start = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
         seconds.append(time.perf_counter() - start)

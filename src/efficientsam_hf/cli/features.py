@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import check_writable
-from .loading import DTYPES, joined_processes, model_name, pick_device
+from .loading import DTYPES, joined_processes, model_name, pick_device, warn_if_emulated
 
 
 DESCRIPTION = """\
@@ -70,11 +70,13 @@ def run(args: argparse.Namespace) -> int:
 
     with joined_processes(args.device):
         samples = _samples(args)
+        device = pick_device(args.device)
+        warn_if_emulated("--dtype", args.dtype, device)
         teacher = load_teacher(
             model_name(args.teacher),
             resolution=args.teacher_resolution,
             revision=args.teacher_revision,
-            device=pick_device(args.device),
+            device=device,
             dtype=getattr(torch, args.dtype),
         )
         if not args.check:

@@ -33,12 +33,9 @@ def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
     from transformers import AutoModelForMaskGeneration, AutoProcessor
     from transformers.utils import logging
 
-    from ..machine import multiplies_well
-
     device = pick_device(args.device)
-    if args.dtype and not multiplies_well(getattr(torch, args.dtype), str(device)):
-        slow = f"{device} multiplies it many times as slowly as float32"
-        print(f"efficientsam: warning: --dtype {args.dtype}: {slow}", file=sys.stderr)
+    if args.dtype:
+        warn_if_emulated("--dtype", args.dtype, device)
     name = model_name(name or "default")
     check_name(name)
     options = {"dtype": getattr(torch, args.dtype)} if args.dtype else {}
@@ -100,6 +97,17 @@ def pick_device(name: str | None) -> Any:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"--device {name} cannot be used on this machine: {reason[:200]}") from error
     return device
+
+
+def warn_if_emulated(option: str, dtype: str, device: Any) -> None:
+    """A line on stderr where the device has no instructions for products of matrices in the dtype."""
+    import torch
+
+    from ..machine import SLOW, relative_seconds
+
+    if relative_seconds(getattr(torch, dtype), str(device)) > SLOW:
+        slow = f"{device} emulates it, which is many times as slow as float32"
+        print(f"efficientsam: warning: {option} {dtype}: {slow}", file=sys.stderr)
 
 
 def check_name(name: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_json
-from .loading import model_name
+from .loading import model_name, warn_if_emulated
 from .running import (
     add_fields,
     dataset_source,
@@ -142,15 +142,17 @@ def _teacher(arguments: Any) -> Any:
     if arguments.teacher is None:
         return None
     import torch
-    from accelerate import PartialState
 
     from ..data.teacher import load_teacher
+    from ..training.processes import process_state
 
+    device = process_state(arguments).device
+    warn_if_emulated("teacher_dtype", arguments.teacher_dtype, device)
     return load_teacher(
         model_name(arguments.teacher),
         resolution=arguments.teacher_resolution,
         revision=arguments.teacher_revision,
-        device=PartialState(cpu=arguments.cpu).device,
+        device=device,
         dtype=getattr(torch, arguments.teacher_dtype),
     )
 

@@ -89,21 +89,20 @@ def picture_batches(
 
 def scene_batches(arguments: Any, **options: Any) -> Any:
     """This process's batches of generated scenes, rendered where it trains or by its workers."""
-    from accelerate import PartialState
-
     from ..data.scene_bank import SceneBank
+    from ..training.processes import process_state
     from ..training.scene_batches import SceneBatches
 
-    device = "cpu" if arguments.data_workers else PartialState(cpu=arguments.cpu).device
+    device = "cpu" if arguments.data_workers else process_state(arguments).device
     bank = SceneBank.build(seed=0, device=device)
     return SceneBatches(bank=bank, stages=arguments.stages(), **options, **_own_part(arguments))
 
 
 def _own_part(arguments: Any) -> dict[str, Any]:
     """What all batches know of the process they are for."""
-    from accelerate import PartialState
+    from ..training.processes import process_state
 
-    state = PartialState(cpu=arguments.cpu)
+    state = process_state(arguments)
     processes = {"rank": state.process_index, "processes": state.num_processes}
     return {"seed": arguments.seed, "workers": arguments.data_workers, **processes}
 

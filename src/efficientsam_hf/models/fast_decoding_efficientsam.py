@@ -97,7 +97,8 @@ class EfficientSamFastDecoder:
         """As a call, for the K prompts that have a candidate (mask tokens 1 to 3) of predicted IoU above `threshold`.
 
         (Q, P, 2), (Q, P) -> logits (K, 4, 4h, 4w), predicted IoU (K, 4), index of each in the prompts (K). What the
-        others cost ends where the scores are known: about half of a prompt's operations upscale its masks.
+        others cost ends where the scores are known: about half of a prompt's operations upscale its masks. The logits
+        are the beginning of a tensor for all Q.
         """
         return self._decode_all([input_points, input_labels, None], threshold)
 
@@ -112,22 +113,22 @@ class EfficientSamFastDecoder:
         tokens, mask = self.model.prompt_encoder(*prompts, size)
         tokens = tokens[0].to(self.image.dtype)
         mask = None if mask is None or bool(mask.all()) else mask[0]
-        masks = tokens.new_empty(len(tokens), self.mask_count, *(4 * side for side in self.grid_size))
+        pixels = 16 * self.image.shape[1]
+        masks = tokens.new_empty(len(tokens), self.mask_count, pixels, dtype=self.model._compute_dtype(tokens.device))
         scores, good, count = [], [], 0
         for start in range(0, len(tokens), self.chunk_size):
             part = slice(start, start + self.chunk_size)
-            decoded, image = self._transform(
-                *self._with_own_tokens(tokens[part], None if mask is None else mask[part])
-            )
+            decoded, image = self._transform(*self._with_own_tokens(tokens, mask, part))
             scores.append(self.model.mask_decoder.iou_prediction_head(decoded[:, 0]))
             good.append(_is_above(scores[-1], threshold))
-            if not good[-1].all():
+            if threshold is not None and not good[-1].all():
                 decoded, image = decoded[good[-1]], image[good[-1]]
             if len(image):
-                self._write_masks(image, decoded, masks[count : count + len(image)].flatten(2))
+                self._write_masks(image, decoded, masks[count : count + len(image)])
             count += len(image)
         good = torch.cat(good)
-        return masks[:count], torch.cat(scores)[good], good.nonzero()[:, 0]
+        masks = masks[:count].unflatten(2, [4 * side for side in self.grid_size])
+        return masks, torch.cat(scores)[good], good.nonzero()[:, 0]
 
     def _decode_plainly(self, prompts: list[torch.Tensor | None], threshold: float | None):
         """By the model's own method."""
@@ -140,12 +141,13 @@ class EfficientSamFastDecoder:
             scores.append(predicted[0][good[-1]])
         return torch.cat(masks), torch.cat(scores), torch.cat(good).nonzero()[:, 0]
 
-    def _with_own_tokens(self, prompt_tokens: torch.Tensor, prompt_mask: torch.Tensor | None):
-        """The decoder's tokens before a prompt's: (Q, T, C) and, True for padding, (Q, T) or None."""
+    def _with_own_tokens(self, prompt_tokens: torch.Tensor, prompt_mask: torch.Tensor | None, part: slice):
+        """The decoder's tokens before those of some prompts: (Q, T, C) and, True for padding, (Q, T) or None."""
         decoder = self.model.mask_decoder
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).to(prompt_tokens.dtype)
+        prompt_tokens = prompt_tokens[part]
         tokens = torch.cat([own.expand(len(prompt_tokens), -1, -1), prompt_tokens], dim=1)
-        return tokens, None if prompt_mask is None else ~F.pad(prompt_mask, (len(own), 0), value=True)
+        return tokens, None if prompt_mask is None else ~F.pad(prompt_mask[part], (len(own), 0), value=True)
 
     def _transform(self, tokens: torch.Tensor, hidden: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The two-way transformer: (Q, T, C), (Q, T) bool with True for padding -> (Q, T, C), (Q, N, C)."""

@@ -65,7 +65,7 @@ class TrainerArguments:
     mixed_precision: str = option(
         "auto",
         "Dtype of the computation; weights and optimiser stay float32. auto: bf16 where the device multiplies it "
-        "well, else no.",
+        "faster, else no.",
         choices=["auto", "no", "bf16", "fp16"],
     )
     compile: bool = option(False, "Compile the module's parts with torch.compile.")

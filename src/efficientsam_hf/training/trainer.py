@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from safetensors import SafetensorError
@@ -71,7 +71,7 @@ class Trainer:
     ):
         if arguments.num_threads:
             torch.set_num_threads(arguments.num_threads)
-        self.arguments = arguments = settle_precision(arguments, PartialState(cpu=arguments.cpu).device)
+        self.arguments = arguments = settle_precision(arguments)
         trackers = _available_trackers(arguments.report_to)
         self.accelerator = Accelerator(
             mixed_precision=arguments.mixed_precision,
