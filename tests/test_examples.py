@@ -21,7 +21,7 @@ def photo_path(photo: Image.Image, tmp_path: Path) -> Path:
 def example(root: Path, name: str, *arguments: str | Path) -> str:
     """Standard output of a script in examples/; fails with what it wrote to standard error."""
     command = [sys.executable, root / "examples" / name, *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     assert process.returncode == 0, process.stderr
     return process.stdout
 
