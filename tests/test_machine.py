@@ -55,6 +55,17 @@ def test_seconds_relative_to_float32(monkeypatch) -> None:
     assert machine.relative_seconds(torch.float32, "cpu") == 1.0
 
 
+@pytest.mark.parametrize(("capability", "bfloat16"), [((7, 5), float("inf")), ((8, 0), 0.5)])
+def test_gpus_are_asked_by_their_number(capability: tuple[int, int], bfloat16: float, monkeypatch) -> None:
+    other = (17 - capability[0], 0)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda device: capability if device == "cuda:1" else other
+    )
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert machine.relative_seconds(torch.bfloat16, "cuda:1") == bfloat16
+    assert machine.relative_seconds(torch.float16, "cuda:1") == 0.5
+
+
 def test_a_dtype_that_a_device_lacks(monkeypatch) -> None:
     def refuse(dtype, device):
         raise RuntimeError("not implemented for 'BFloat16'")

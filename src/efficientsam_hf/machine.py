@@ -45,9 +45,8 @@ def relative_seconds(dtype: torch.dtype, device: str) -> float:
     if dtype == torch.float32:
         return 1.0
     if torch.device(device).type == "cuda":
-        with torch.cuda.device(device):
-            well = dtype != torch.bfloat16 or torch.cuda.is_bf16_supported(including_emulation=False)
-            return 0.5 if well else math.inf
+        has_bfloat16 = torch.version.hip or torch.cuda.get_device_capability(device) >= (8, 0)
+        return 0.5 if has_bfloat16 or dtype != torch.bfloat16 else math.inf
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -144,7 +144,7 @@ def _teacher(arguments: Any) -> Any:
     import torch
 
     from ..data.teacher import load_teacher
-    from ..training.processes import process_state
+    from ..training.process_state import process_state
 
     device = process_state(arguments).device
     warn_if_emulated("teacher_dtype", arguments.teacher_dtype, device)

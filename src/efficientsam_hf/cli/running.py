@@ -90,7 +90,7 @@ def picture_batches(
 def scene_batches(arguments: Any, **options: Any) -> Any:
     """This process's batches of generated scenes, rendered where it trains or by its workers."""
     from ..data.scene_bank import SceneBank
-    from ..training.processes import process_state
+    from ..training.process_state import process_state
     from ..training.scene_batches import SceneBatches
 
     device = "cpu" if arguments.data_workers else process_state(arguments).device
@@ -100,7 +100,7 @@ def scene_batches(arguments: Any, **options: Any) -> Any:
 
 def _own_part(arguments: Any) -> dict[str, Any]:
     """What all batches know of the process they are for."""
-    from ..training.processes import process_state
+    from ..training.process_state import process_state
 
     state = process_state(arguments)
     processes = {"rank": state.process_index, "processes": state.num_processes}

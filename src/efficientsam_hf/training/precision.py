@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..machine import SLOW, relative_seconds
 from .arguments import TrainerArguments
-from .processes import process_state
+from .process_state import process_state
 from .run_folder import recorded_arguments
 
 
