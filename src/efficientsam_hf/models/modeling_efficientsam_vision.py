@@ -96,7 +96,8 @@ class EfficientSamVisionEmbeddings(nn.Module):
             raise ValueError(f"pixel_values is {height} x {width} pixels, expected multiples of {self.patch_size}")
         patches = self.projection(pixel_values.to(self.projection.weight.dtype))
         positions = self.resized_positions(*patches.shape[2:]).to(patches.dtype)
-        return patches.flatten(2).transpose(1, 2) + positions
+        # A sum keeps the layout of its terms: without this all layers would add to tokens that lie channel by channel.
+        return (patches.flatten(2).transpose(1, 2) + positions).contiguous()
 
 
 class EfficientSamVisionAttention(nn.Module):
