@@ -80,7 +80,13 @@ class Step:
         self.module = InteractiveSegmentation(model, sampling=sampling)
         if args.compile:
             self.module.compile_parts()
-        arguments = FinetuneArguments(output_dir="unused", max_steps=1, train_scenes=True, optimizer=args.optimizer)
+        arguments = FinetuneArguments(
+            output_dir="unused",
+            max_steps=1,
+            train_scenes=True,
+            optimizer=args.optimizer,
+            mixed_precision="no" if args.float32 else "bf16",
+        )
         self.optimizers = make_optimizers(self.module, arguments, fused=True)
         self.batch = disc_batch(args)
         self.precision = torch.autocast(args.device, torch.bfloat16, enabled=not args.float32)

@@ -13,7 +13,8 @@ def make_optimizers(module: nn.Module, arguments: TrainerArguments, fused: bool)
 
     A group's "lr_scale" is its learning rate as a multiple of `learning_rate`. With `layer_decay` below 1 the module's
     `depths()`, layers above it by the name of a parameter, say how often a parameter's learning rate is multiplied by
-    it. Raises ValueError if nothing is trainable.
+    it. Muon multiplies matrices in bfloat16 where `mixed_precision` is "bf16". Raises ValueError if nothing is
+    trainable.
     """
     depths = module.depths() if arguments.layer_decay < 1 else {}
     trained = {p: arguments.layer_decay ** depths.get(n, 0) for n, p in module.named_parameters() if p.requires_grad}
@@ -59,4 +60,5 @@ def _muon(scales: dict[nn.Parameter, float], arguments: TrainerArguments) -> Sta
         [{"params": matrices, "lr_scale": ratio * scale} for scale, matrices in _by_scale(scales).items()],
         lr=arguments.muon_learning_rate,
         weight_decay=arguments.weight_decay,
+        dtype=torch.bfloat16 if arguments.mixed_precision == "bf16" else torch.float32,
     )
