@@ -49,6 +49,12 @@ def test_muon_takes_the_linear_weights_only() -> None:
     assert muon.param_groups[0]["lr_scale"] == pytest.approx(4.0)
 
 
+@pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
+def test_muon_multiplies_as_the_run_does(precision: str, dtype: torch.dtype) -> None:
+    (muon,) = make_optimizers(nn.Linear(4, 4, bias=False), arguments(optimizer="muon", mixed_precision=precision), False)
+    assert muon.dtype == dtype
+
+
 def test_muon_alone_where_all_is_linear_without_bias() -> None:
     (muon,) = make_optimizers(nn.Linear(4, 4, bias=False), arguments(optimizer="muon"), fused=False)
     assert isinstance(muon, torch.optim.Muon)
@@ -113,13 +119,15 @@ def test_a_gradient_of_zeros_is_no_update() -> None:
     assert not orthogonalize(torch.zeros(2, 4, 6), **NEWTON_SCHULZ).any()
 
 
-def test_stacked_muon_takes_the_steps_of_torch(monkeypatch) -> None:
-    """Where torch computes in float32 too; the state of one goes on in the other."""
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-3), (torch.bfloat16, 2e-2)], ids=str)
+def test_stacked_muon_takes_the_steps_of_torch(monkeypatch, dtype: torch.dtype, error: float) -> None:
+    """Where torch computes in float32 too, and in its own bfloat16; the state of one goes on in the other."""
+    if dtype == torch.float32:
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     torch.manual_seed(0)
     ours = [nn.Parameter(torch.randn(shape)) for shape in ((6, 10), (10, 6), (6, 10), (8, 8))]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    stacked = StackedMuon([{"params": ours[:2]}, {"params": ours[2:]}], lr=0.02, weight_decay=0.1)
+    stacked = StackedMuon([{"params": ours[:2]}, {"params": ours[2:]}], lr=0.02, weight_decay=0.1, dtype=dtype)
     plain = torch.optim.Muon(
         [{"params": theirs[:2]}, {"params": theirs[2:]}], lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
     )
@@ -134,4 +142,5 @@ def test_stacked_muon_takes_the_steps_of_torch(monkeypatch) -> None:
         if step == 3:
             stacked.load_state_dict(copy.deepcopy(plain.state_dict()))
     for own, other, before in zip(ours, theirs, start):
-        assert (own - other).norm() < 1e-3 * (own - before).norm()
+        assert (own - other).norm() < error * (own - before).norm()
+    assert all(p.dtype == torch.float32 for p in ours)
