@@ -51,7 +51,9 @@ def test_muon_takes_the_linear_weights_only() -> None:
 
 @pytest.mark.parametrize("precision, dtype", [("no", torch.float32), ("bf16", torch.bfloat16)])
 def test_muon_multiplies_as_the_run_does(precision: str, dtype: torch.dtype) -> None:
-    (muon,) = make_optimizers(nn.Linear(4, 4, bias=False), arguments(optimizer="muon", mixed_precision=precision), False)
+    (muon,) = make_optimizers(
+        nn.Linear(4, 4, bias=False), arguments(optimizer="muon", mixed_precision=precision), False
+    )
     assert muon.dtype == dtype
 
 

@@ -18,7 +18,7 @@ from .modeling_efficientsam import EfficientSamAttention, EfficientSamModel, pla
 
 CPU_BYTES = 2 * 64 * 64 * 256 * 4  # of image tokens in a chunk: 2 prompts of 64 x 64 tokens of 256 float32 channels
 LEAST_SCORE = 60.0  # below the largest: a weight of 1e-26, which among a million others is still a normal float32
-CPU_UPSCALED_BYTES = 2**21  # of what a chunk's image tokens become in upscaling, at once: two cores' caches hold them
+CPU_UPSCALED_BYTES = 2**22  # of what a chunk's image tokens become in upscaling, at once: two cores' caches hold them
 GLIBC_MAPPED_BYTES = 2**25  # glibc maps every larger block by itself, and returns it to the system when it is freed
 GPU_SHARE = 0.25  # part of a GPU's free memory that a chunk may take
 GPU_COPIES = 8  # tensors of the size of a prompt's image tokens that exist at once while it is decoded
