@@ -40,9 +40,7 @@ class StackedMuon(torch.optim.Muon):
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any], scale: float) -> None:
         """One step of parameters of the same shape; `scale` makes their updates as large as AdamW's."""
         directions = torch.stack([self._direction(parameter, group) for parameter in parameters])
-        directions = orthogonalize(
-            directions, group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype
-        )
+        directions = orthogonalize(directions, group["ns_coefficients"], group["ns_steps"], group["eps"], self.dtype)
         for parameter, direction in zip(parameters, directions):
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(direction, alpha=-group["lr"] * scale)
