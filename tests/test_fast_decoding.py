@@ -119,7 +119,6 @@ def test_rows_at_once_change_nothing(model, rows: int, monkeypatch) -> None:
     torch.testing.assert_close(decoder(**prompts("boxes"))[0], expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for memory as glibc keeps it")
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sharp_attention_has_no_denormal_weights(dim: int, dtype: torch.dtype) -> None:
@@ -130,6 +129,7 @@ def test_sharp_attention_has_no_denormal_weights(dim: int, dtype: torch.dtype) -
     torch.testing.assert_close(weights.double(), expected, rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="for memory as glibc keeps it")
 def test_chunks_use_the_memory_of_those_before_them() -> None:
     """Beyond the logits, 2 MiB a prompt, hardly a page of memory is asked of the system once the first are decoded."""
     script = """

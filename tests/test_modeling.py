@@ -625,6 +625,13 @@ def test_rows_and_columns_are_not_mixed_up(model) -> None:
     assert torch.equal(table[:, 3, 16:], table[:, 9, 16:])  # y in the second
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_image_tokens_lie_token_by_token(model, layout: torch.memory_format) -> None:
+    """Every layer adds to them: sums of tensors in two layouts are several times as slow."""
+    pixel_values = torch.randn(2, 3, 64, 64).to(memory_format=layout)
+    assert model.vision_encoder.embeddings(pixel_values).is_contiguous()
+
+
 def test_position_table_is_resized_from_its_own_size(model) -> None:
     embeddings = model.vision_encoder.embeddings
     table = embeddings.position_embeddings[:, 1:]
