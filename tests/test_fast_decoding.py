@@ -66,6 +66,21 @@ def test_numbers_are_those_of_the_plain_path(model, kind: str, size: tuple[int, 
     torch.testing.assert_close(scores, expected_scores, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["two points", "boxes", "both"])
+def test_boxes_that_change_the_image(kind: str) -> None:
+    torch.manual_seed(0)
+    vision = {"image_size": 128, "num_hidden_layers": 1}
+    config = EfficientSamConfig.from_preset("ti", vision_config=vision, prompt_encoder_config={"dense_boxes": True})
+    model = EfficientSamModel(config).eval()
+    embeddings = torch.randn(1, 256, 8, 8)
+    expected, _ = plain(model, embeddings, prompts(kind))
+    masks, _ = EfficientSamFastDecoder(model, embeddings, chunk_size=4)(**prompts(kind))
+    torch.testing.assert_close(masks, expected, rtol=0, atol=1e-4)
+    model.prompt_encoder.dense_boxes = False
+    unchanged, _ = plain(model, embeddings, prompts(kind))
+    assert ((unchanged - expected).abs().max() > 1e-2) == (kind != "two points")
+
+
 @pytest.mark.parametrize("chunk", [1, 2, 4])
 def test_chunks_change_nothing(model, chunk: int) -> None:
     embeddings = torch.randn(1, 256, 8, 8)

@@ -23,7 +23,7 @@ from efficientsam_hf import (
     EfficientSamVisionConfig,
     EfficientSamVisionModel,
 )
-from efficientsam_hf.models.modeling_efficientsam import place_pixels
+from efficientsam_hf.models.modeling_efficientsam import fill_boxes, place_pixels
 from efficientsam_hf.models.modeling_efficientsam_vision import sine_cosine_table
 
 
@@ -335,6 +335,54 @@ def test_all_zero_mask_is_none(model, pixel_values, points, prompts) -> None:
     full = model(pixel_values, input_masks=prompts["input_masks"], **points)
     assert_same(mixed.pred_masks[:, 1], without.pred_masks[:, 1])
     assert_same(mixed.pred_masks[:, ::2], full.pred_masks[:, ::2])
+
+
+def test_boxes_are_filled_to_parts_of_cells() -> None:
+    """Cells of 4 x 4 pixels, each as far from -8 to 8 as the box covers it."""
+    boxes = torch.tensor([[[4.0, 4, 12, 8], [0, 0, 1, 16], [-1, -1, -1, -1], [-9, -9, 99, 99]]])
+    first, thin, none, whole = fill_boxes(boxes, (16, 24))[0, :, 0]
+    inside = torch.zeros(4, 6, dtype=torch.bool)
+    inside[1, 1:3] = True
+    assert torch.equal(first, torch.where(inside, 8.0, -8.0))
+    assert thin[:, 0].tolist() == [-4.0] * 4 and bool((thin[:, 1:] == -8).all())
+    assert bool((none == 0).all()) and bool((whole == 8).all())
+    random = torch.rand(1, 50, 4, generator=torch.Generator().manual_seed(0)) * 60
+    random = torch.cat([random[..., :2], random[..., :2] + random[..., 2:]], -1)
+    share = (fill_boxes(random, (128, 128)) / 8 + 1) / 2
+    area = (random[..., 2] - random[..., 0]) * (random[..., 3] - random[..., 1])
+    torch.testing.assert_close(share.sum((-3, -2, -1)) * 16, area, rtol=1e-4, atol=1e-2)
+
+
+@torch.no_grad()
+def test_dense_boxes_are_mask_prompts_too(pixel_values, prompts) -> None:
+    dense, plain = tiny_model(dense_boxes=True), tiny_model()
+    boxes = prompts["input_boxes"].clone()
+    boxes[:, 1] = -1
+    given = {"input_points": prompts["input_points"], "input_labels": prompts["input_labels"]}
+    assert_same(dense(pixel_values, **given).pred_masks, plain(pixel_values, **given).pred_masks)
+    found = dense(pixel_values, input_boxes=boxes, **given).pred_masks
+    by_hand = fill_boxes(boxes, (64, 64))
+    assert_same(found, plain(pixel_values, input_boxes=boxes, input_masks=by_hand, **given).pred_masks)
+    without = plain(pixel_values, input_boxes=boxes, **given).pred_masks
+    assert_same(found[:, 1], without[:, 1])
+    assert (found - without)[:, ::2].abs().amax((-3, -2, -1)).min() > 1e-3
+
+
+@torch.no_grad()
+def test_masks_are_cut_at_dense_boxes(pixel_values, prompts) -> None:
+    model = tiny_model(dense_boxes=True)
+    boxes, masks = prompts["input_boxes"].clone(), prompts["input_masks"].clone()
+    boxes[0, 0], masks[0, 1] = -1, 0
+    expected = torch.minimum(masks, fill_boxes(boxes, (64, 64)))
+    expected[0, 0], expected[0, 1] = masks[0, 0], fill_boxes(boxes, (64, 64))[0, 1]
+    found = model(pixel_values, input_boxes=boxes, input_masks=masks).pred_masks
+    by_hand = tiny_model()(pixel_values, input_boxes=boxes, input_masks=expected).pred_masks
+    assert_same(found, by_hand)
+
+
+def test_dense_boxes_need_mask_prompts() -> None:
+    with pytest.raises(Exception, match="dense_boxes is on and mask_prompts is off"):
+        tiny_config(dense_boxes=True, mask_prompts=False)
 
 
 # Ragged batches

@@ -62,6 +62,18 @@ def test_prompts_and_embeddings_have_the_positions_of_the_whole(model: Efficient
     torch.testing.assert_close(seen[0], part(grid))
 
 
+def test_filled_boxes_stay_in_the_frame_of_the_part() -> None:
+    model = tiny_model(dense_boxes=True).eval()
+    window, seen = PositionWindow(model, SIDE), []
+    model.prompt_encoder.mask_embed.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    boxes, embeddings = torch.tensor([[[5.0, 6.0, 30.0, 40.0]]]), torch.randn(1, 16, 4, 3)
+    model.decode_prompts(embeddings, input_boxes=boxes)
+    with window.at(PLACE):
+        model.decode_prompts(embeddings, input_boxes=boxes)
+    assert seen[0].shape == (1, 1, 16, 12)
+    torch.testing.assert_close(seen[1], seen[0], atol=0, rtol=0)
+
+
 def test_places_are_all_of_the_larger_image() -> None:
     window, generator = PositionWindow(tiny_model(), SIDE), torch.Generator().manual_seed(0)
     places = {tuple(window.random_place((64, 48), generator).tolist()) for _ in range(500)}

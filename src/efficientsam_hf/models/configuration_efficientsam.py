@@ -100,6 +100,10 @@ class EfficientSamPromptEncoderConfig(PreTrainedConfig):
         mask_prompts (`bool`, *optional*, defaults to `True`):
             Whether the model takes low-resolution logits of an earlier prediction as a prompt. Released checkpoints
             do not.
+        dense_boxes (`bool`, *optional*, defaults to `False`):
+            Whether a box is a mask prompt too, filled: its corners as prompt tokens say where it is to a few
+            thousandths of the image, its filled cells say it to a fraction of a pixel. Needs `mask_prompts`; a mask
+            prompt that comes with a box is cut at it. On in the checkpoints of recipes for small objects.
         padded_prompt_tokens (`int`, *optional*):
             Number of tokens that the prompts of every object are padded to with a learned padding embedding. Released
             checkpoints were trained with 6, and their results depend on it; more prompts than that are an error.
@@ -118,6 +122,7 @@ class EfficientSamPromptEncoderConfig(PreTrainedConfig):
     hidden_size: int = 256
     background_points: bool = True
     mask_prompts: bool = True
+    dense_boxes: bool = False
     padded_prompt_tokens: int | None = None
     mask_input_channels: int = 16
     hidden_act: str = "gelu"
@@ -126,6 +131,8 @@ class EfficientSamPromptEncoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         _check_divides(2, self.hidden_size, "2 (sine and cosine) and hidden_size")
         _check_divides(4, self.mask_input_channels, "4 and mask_input_channels")
+        if self.dense_boxes and not self.mask_prompts:
+            raise ValueError("dense_boxes is on and mask_prompts is off: a filled box is embedded as a mask prompt is")
         if self.padded_prompt_tokens is not None and self.padded_prompt_tokens < 2:
             raise ValueError(
                 f"padded_prompt_tokens is {self.padded_prompt_tokens}, expected None or at least 2 (a box)"

@@ -30,7 +30,8 @@ class EfficientSamFastDecoder:
 
     `image_embeddings` (1, C, h, w) is what `get_image_embeddings` of the model gives. `chunk_size` prompts are decoded
     at once; when it is left out, as many as a CPU's cache or a part of a GPU's free memory holds. A decoder whose
-    layers are not plain ones (adapters, quantised or offloaded weights) decodes by `decode_prompts`.
+    layers are not plain ones (adapters, quantised or offloaded weights) decodes by `decode_prompts`, and so are boxes
+    that change the image embeddings (`dense_boxes`).
     """
 
     def __init__(self, model: EfficientSamModel, image_embeddings: torch.Tensor, chunk_size: int | None = None):
@@ -107,7 +108,8 @@ class EfficientSamFastDecoder:
         """Logits (K, 4, 4h, 4w), predicted IoU (K, 4) and index (K) of prompts above the threshold, None for all."""
         prompts = [None if p is None else p.unsqueeze(0) for p in prompts]
         prompts[1] = self.model._check_prompts(self.embeddings, *prompts, None)
-        if not self.is_plain:
+        changes_image = prompts[2] is not None and self.model.prompt_encoder.dense_boxes
+        if changes_image or not self.is_plain:
             return self._decode_plainly(prompts, threshold)
         patch = self.model.config.vision_config.patch_size
         size = (self.grid_size[0] * patch, self.grid_size[1] * patch)

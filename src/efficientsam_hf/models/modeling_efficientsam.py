@@ -39,6 +39,9 @@ from .modeling_efficientsam_vision import (
 )
 
 
+BOX_LOGIT = 8.0  # of a filled box: as sure as trained models are of the inside of an object
+
+
 @dataclass
 class EfficientSamImageSegmentationOutput(ModelOutput):
     """
@@ -90,6 +93,8 @@ class EfficientSamPromptEncoder(nn.Module):
     def __init__(self, config: EfficientSamPromptEncoderConfig):
         super().__init__()
         self.padded_prompt_tokens = config.padded_prompt_tokens
+        # CODEPATH: on in checkpoints finetuned for small objects, off in the default and the released ones
+        self.dense_boxes = config.dense_boxes
         self.positional_encoding = EfficientSamPositionalEncoding(config.hidden_size)
         self.padding_embed = nn.Embedding(1, config.hidden_size)
         self.point_embed = nn.Embedding(1, config.hidden_size)
@@ -168,6 +173,23 @@ class EfficientSamPromptEncoder(nn.Module):
         embedded = self.mask_embed(input_masks.flatten(0, 1).to(nothing.dtype)).unflatten(0, input_masks.shape[:2])
         return torch.where(_has_mask(input_masks)[:, :, None, None, None], embedded, nothing.to(embedded.dtype))
 
+    def place_boxes(
+        self, input_boxes: torch.Tensor | None, input_masks: torch.Tensor | None, image_size: tuple[int, int]
+    ) -> torch.Tensor | None:
+        """Mask prompts with boxes in them, where the checkpoint takes boxes so; else as they are.
+
+        (B, Q, 4) model pixels, (B, Q, 1, 4h, 4w) or None -> (B, Q, 1, 4h, 4w). An object's box alone becomes a filled
+        one, a mask that comes with a box is cut at it.
+        """
+        if not self.dense_boxes or input_boxes is None:
+            return input_masks
+        filled = fill_boxes(input_boxes, image_size)
+        if input_masks is None:
+            return filled
+        has_box, has_mask = (given[..., None, None, None] for given in (_has_box(input_boxes), _has_mask(input_masks)))
+        cut = torch.minimum(input_masks.to(filled.dtype), filled)
+        return torch.where(has_box, torch.where(has_mask, cut, filled), input_masks.to(filled.dtype))
+
     def forward(
         self,
         input_points: torch.Tensor | None,
@@ -183,6 +205,24 @@ class EfficientSamPromptEncoder(nn.Module):
             points, labels = self.pad_prompts(points, labels)
             return self.encode_points(points, labels, image_size), None
         return self.encode_points(points, labels, image_size), labels != -1
+
+
+def fill_boxes(boxes: torch.Tensor, image_size: tuple[int, int]) -> torch.Tensor:
+    """Boxes as low-resolution logits: (B, Q, 4) pixels of an image (H, W) -> (B, Q, 1, H / 4, W / 4) float32.
+
+    Edges lie between pixels here: a box around the first pixel alone is (0, 0, 1, 1). Cells inside have `BOX_LOGIT`,
+    cells outside its negative, a cell that an edge crosses lies between them by the share of it that is inside. All
+    zero, which is no mask, for four times -1.
+    """
+    low, high = boxes.float().unflatten(-1, (2, 2)).div(4).unbind(-2)  # in cells
+    shares = []
+    for axis, pixels in enumerate((image_size[1], image_size[0])):
+        start = torch.arange(pixels // 4, device=boxes.device, dtype=torch.float32)
+        first, last = low[..., axis, None], high[..., axis, None]
+        shares.append((torch.minimum(start + 1, last) - torch.maximum(start, first)).clamp(0, 1))
+    inside = shares[1][..., :, None] * shares[0][..., None, :]
+    filled = (2 * inside - 1) * BOX_LOGIT
+    return torch.where(_has_box(boxes)[..., None, None], filled, 0.0).unsqueeze(2)
 
 
 def _has_box(input_boxes: torch.Tensor) -> torch.Tensor:
@@ -505,14 +545,13 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         image_embeddings = image_embeddings.to(self._compute_dtype(image_embeddings.device))
         height, width = image_embeddings.shape[2:]
         patch_size = self.config.vision_config.patch_size
-        prompt_tokens, prompt_mask = self.prompt_encoder(
-            input_points, input_labels, input_boxes, (height * patch_size, width * patch_size)
-        )
+        image_size = (height * patch_size, width * patch_size)
+        prompt_tokens, prompt_mask = self.prompt_encoder(input_points, input_labels, input_boxes, image_size)
         if prompt_tokens is None:  # a mask is the only prompt
             prompt_tokens = image_embeddings.new_zeros(*input_masks.shape[:2], 0, image_embeddings.shape[1])
         prompt_tokens = prompt_tokens.to(image_embeddings.dtype)
         image = image_embeddings.unsqueeze(1)
-        dense = self.prompt_encoder.encode_masks(input_masks)
+        dense = self.prompt_encoder.encode_masks(self.prompt_encoder.place_boxes(input_boxes, input_masks, image_size))
         image = image if dense is None else image + dense.to(image.dtype)
         positions = self.prompt_encoder.positional_encoding.grid(height, width).to(image.dtype)
         masks, iou_scores = self.mask_decoder(image, positions, prompt_tokens, prompt_mask, **kwargs)

@@ -29,7 +29,7 @@ class FinetuneArguments(PictureArguments):
         "{}",
         'Changes to the config of what is new, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}"; of a '
         "checkpoint's prompt_encoder_config the inputs that it was trained without: background_points, mask_prompts, "
-        "padded_prompt_tokens.",
+        "dense_boxes, padded_prompt_tokens.",
     )
     gradient_checkpointing: bool = option(
         False, "Compute activations again in the backward pass: less memory, a third more time."

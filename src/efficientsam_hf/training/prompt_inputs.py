@@ -11,7 +11,7 @@ from ..models.modeling_efficientsam import EfficientSamModel
 from .segmentation import PromptSampling
 
 
-INPUTS = ("background_points", "mask_prompts", "padded_prompt_tokens")
+INPUTS = ("background_points", "mask_prompts", "dense_boxes", "padded_prompt_tokens")
 
 
 def load_with_inputs(source: str, changes: dict[str, Any]) -> EfficientSamModel:

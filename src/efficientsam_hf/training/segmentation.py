@@ -86,7 +86,7 @@ class InteractiveSegmentation(nn.Module):
         self.window = PositionWindow(model, whole_size) if whole_size else None
         self.compiled: dict[str, object] = {}
         self._no_split_modules = model._no_split_modules  # what FSDP's transformer policy wraps
-        if model.config.prompt_encoder_config.mask_prompts and not self._gives_masks():
+        if model.config.prompt_encoder_config.mask_prompts and not (self._gives_masks() or self._fills_boxes()):
             # Without a gradient they would only be in the way: distributed training waits for every parameter.
             model.prompt_encoder.mask_embed.requires_grad_(False)
 
@@ -94,6 +94,11 @@ class InteractiveSegmentation(nn.Module):
         """Whether any round has mask prompts."""
         possible = self.model.config.prompt_encoder_config.mask_prompts
         return possible and self.sampling.rounds > 1 and self.sampling.mask_prompts > 0
+
+    def _fills_boxes(self) -> bool:
+        """Whether boxes are embedded as masks are."""
+        boxed = self.sampling.box + self.sampling.box_and_point > 0
+        return self.model.config.prompt_encoder_config.dense_boxes and boxed
 
     def freeze(self, parts: Sequence[str]) -> None:
         """Take parts of the model, names of `PARTS`, out of training."""
