@@ -189,7 +189,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_recipes_switch_on_what_a_released_checkpoint_lacks(tmp_path: Path) -> None:
-    """Background clicks, mask prompts and more than six prompt tokens are trained from there on."""
+    """Background clicks, mask prompts, filled boxes and more than six prompt tokens are trained from there on."""
     released = {"background_points": False, "mask_prompts": False, "padded_prompt_tokens": 6}
     tiny_model(**released).save_pretrained(tmp_path / "released")
     EfficientSamImageProcessor(size=64).save_pretrained(tmp_path / "released")
@@ -211,6 +211,7 @@ def test_recipes_switch_on_what_a_released_checkpoint_lacks(tmp_path: Path) -> N
         model = EfficientSamModel.from_pretrained(run / "model")
         config = model.config.prompt_encoder_config
         assert (config.background_points, config.mask_prompts, config.padded_prompt_tokens) == (True, True, None)
+        assert config.dense_boxes
         assert model.prompt_encoder.background_embed.weight.abs().sum() > 0
         assert model.prompt_encoder.mask_embed.conv3.weight.abs().sum() > 0
 
