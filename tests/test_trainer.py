@@ -319,7 +319,7 @@ def test_three_processes_resume_with_the_same_bits(tmp_path) -> None:
 def run_together(folder: Path, script: str, *arguments: str, count: int = 2) -> None:
     """Run a script in two processes, or more, that know of each other."""
     tests = Path(__file__).parent
-    # On a busy machine torch's threads may abort an interpreter that ends (2 of 16 times): what is tested is over then.
+    # On a busy machine torch's threads may abort an interpreter that ends (2 of 16 times); what is tested is over.
     leave = "\nimport os, torch\ntorch.distributed.barrier()\nos._exit(0)\n"
     (folder / "together.py").write_text(script + leave)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent / "src")])}
