@@ -39,7 +39,7 @@ from .modeling_efficientsam_vision import (
 )
 
 
-BOX_LOGIT = 8.0  # of a filled box: as sure as trained models are of the inside of an object
+BOX_LOGIT = 8.0  # of a filled box; checkpoints are trained with it
 
 
 @dataclass
@@ -592,7 +592,8 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
             input_boxes (`torch.Tensor` of shape `(batch_size, num_objects, 4)`):
                 One box an object as (x0, y0, x1, y1) in model pixels; four times -1 for an object without one.
             input_masks (`torch.Tensor` of shape `(batch_size, num_objects, 1, height / 4, width / 4)`):
-                Low-resolution logits of an earlier prediction; all zero for an object without one.
+                Low-resolution logits of an earlier prediction; all zero for an object without one. A checkpoint with
+                `dense_boxes` cuts them at the object's box.
             image_embeddings (`torch.Tensor` of shape `(batch_size, 256, height / 16, width / 16)`):
                 Result of `get_image_embeddings`, to prompt the same images again.
             multimask_output (`bool`, *optional*, defaults to `True`):

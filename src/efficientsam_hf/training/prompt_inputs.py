@@ -18,7 +18,8 @@ def load_with_inputs(source: str, changes: dict[str, Any]) -> EfficientSamModel:
     """An EfficientSAM from a folder or Hub id, in float32, with `changes` made to `config.prompt_encoder_config`.
 
     What is new begins without an effect: a background click is a position of no kind, as in released code, and
-    neither a mask prompt nor its absence changes the image embeddings.
+    neither a mask prompt nor its absence changes the image embeddings. A checkpoint that takes mask prompts already
+    is the exception: with `dense_boxes` its boxes are read as earlier answers from the start.
 
     Raises ValueError for a change that is none of `INPUTS`, a value that the config does not take, or a checkpoint
     whose weights are not those of its config.
