@@ -194,7 +194,12 @@ def test_recipes_switch_on_what_a_released_checkpoint_lacks(tmp_path: Path) -> N
     tiny_model(**released).save_pretrained(tmp_path / "released")
     EfficientSamImageProcessor(size=64).save_pretrained(tmp_path / "released")
     data = write_coco(tmp_path / "data", 2)
-    for recipe in ("nuclei", "coco_custom"):
+    expected = {  # background points, mask prompts, filled boxes, limit of tokens
+        "nuclei": (True, True, True, None),
+        "coco_custom": (True, True, False, None),
+        "few_shot": (False, True, True, 6),
+    }
+    for recipe, switches in expected.items():
         run = tmp_path / recipe
         flags = [
             "--model",
@@ -210,9 +215,10 @@ def test_recipes_switch_on_what_a_released_checkpoint_lacks(tmp_path: Path) -> N
         assert main(["finetune", "--recipe", recipe, *flags, *data, "--output-dir", str(run)]) == 0
         model = EfficientSamModel.from_pretrained(run / "model")
         config = model.config.prompt_encoder_config
-        assert (config.background_points, config.mask_prompts, config.padded_prompt_tokens) == (True, True, None)
-        assert config.dense_boxes == (recipe == "nuclei")
-        assert model.prompt_encoder.background_embed.weight.abs().sum() > 0
+        names = ("background_points", "mask_prompts", "dense_boxes", "padded_prompt_tokens")
+        assert tuple(getattr(config, name) for name in names) == switches
+        if config.background_points:
+            assert model.prompt_encoder.background_embed.weight.abs().sum() > 0
         assert model.prompt_encoder.mask_embed.conv3.weight.abs().sum() > 0
 
 

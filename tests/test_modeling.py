@@ -380,19 +380,15 @@ def test_masks_are_cut_at_dense_boxes(pixel_values, prompts) -> None:
     assert_same(found, by_hand)
 
 
-def test_dense_boxes_need_mask_prompts() -> None:
-    with pytest.raises(Exception, match="dense_boxes is on and mask_prompts is off"):
-        tiny_config(dense_boxes=True, mask_prompts=False)
-
-
 # Ragged batches
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_an_object_does_not_depend_on_its_batch(attention, pixel_values, prompts) -> None:
+@pytest.mark.parametrize("dense_boxes", [False, True])
+def test_an_object_does_not_depend_on_its_batch(attention, dense_boxes, pixel_values, prompts) -> None:
     """Mixed objects (box, points, both, a mask, nothing) beside each other equal each of them alone."""
-    model = tiny_model(attention)
+    model = tiny_model(attention, dense_boxes=dense_boxes)
     p, b, m = prompts["input_points"], prompts["input_boxes"], prompts["input_masks"]
     alone = [
         {"input_points": p[:1, :1], "input_labels": prompts["input_labels"][:1, :1]},
@@ -620,8 +616,9 @@ def test_flex_attention_gives_what_sdpa_gives(pixel_values, prompts, monkeypatch
     # inductor warns about itself
     ["eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.filterwarnings("ignore")])],
 )
-def test_compiles_as_one_graph(backend, pixel_values, prompts) -> None:
-    model = tiny_model()
+@pytest.mark.parametrize("dense_boxes", [False, True])
+def test_compiles_as_one_graph(backend, dense_boxes, pixel_values, prompts) -> None:
+    model = tiny_model(dense_boxes=dense_boxes)
     torch.compiler.reset()
     embeddings = model.get_image_embeddings(pixel_values)
     compiled = torch.compile(model.get_image_embeddings, fullgraph=True, backend=backend)
@@ -794,6 +791,10 @@ def test_presets() -> None:
         ({"vision_config": {"output_channels": 128}}, "widths must be equal.*128"),
         ({"prompt_encoder_config": {"padded_prompt_tokens": 1}}, "padded_prompt_tokens is 1"),
         ({"prompt_encoder_config": {"mask_input_channels": 6}}, "mask_input_channels"),
+        (
+            {"prompt_encoder_config": {"dense_boxes": True, "mask_prompts": False}},
+            "dense_boxes is on and mask_prompts is off",
+        ),
         ({"mask_decoder_config": {"num_attention_heads": 3}}, "num_attention_heads x attention_downsample_rate"),
         ({"mask_decoder_config": {"iou_head_depth": 1}}, "iou_head_depth is 1"),
     ],

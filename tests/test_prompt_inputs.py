@@ -63,7 +63,7 @@ def test_dense_boxes_are_switched_on_and_trained(tmp_path: Path) -> None:
         weight = model.prompt_encoder.mask_embed.conv3.weight
         assert weight.requires_grad == trained
         assert (weight.grad is not None and bool(weight.grad.any())) == trained
-    with pytest.raises(Exception, match="dense_boxes is on and mask_prompts is off"):
+    with pytest.raises(ValueError, match="dense_boxes is on and mask_prompts is off"):
         load_with_inputs(str(tmp_path / "before"), {"dense_boxes": True, "mask_prompts": False})
 
 

@@ -89,7 +89,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         help="a click on what is not the object",
     )
     group.add_argument("--box", action="append", default=[], type=_box, metavar="X0,Y0,X1,Y1", help="a box around it")
-    group.add_argument("--mask", metavar="IN.png", help="a rough mask of it, white on black, of the picture's size")
+    group.add_argument(
+        "--mask",
+        metavar="IN.png",
+        help="a rough mask of it, white on black, of the picture's size; models with dense_boxes cut it at --box",
+    )
     group.add_argument("--each-point", action="store_true", help="each --point is an object of its own")
     everything.add_options(parser)
     parser.add_argument("--model", metavar="M", help="folder or Hub name (default: the checkpoint that ships)")

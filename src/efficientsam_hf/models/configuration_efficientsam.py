@@ -103,7 +103,7 @@ class EfficientSamPromptEncoderConfig(PreTrainedConfig):
         dense_boxes (`bool`, *optional*, defaults to `False`):
             Whether a box is a mask prompt too, filled: its corners as prompt tokens say where it is to a few
             thousandths of the image, its filled cells say it to a fraction of a pixel. Needs `mask_prompts`; a mask
-            prompt that comes with a box is cut at it. On in the checkpoints of recipes for small objects.
+            prompt that comes with a box is cut at it. On in what the recipes `nuclei` and `few_shot` produce.
         padded_prompt_tokens (`int`, *optional*):
             Number of tokens that the prompts of every object are padded to with a learned padding embedding. Released
             checkpoints were trained with 6, and their results depend on it; more prompts than that are an error.

@@ -93,7 +93,7 @@ class EfficientSamPromptEncoder(nn.Module):
     def __init__(self, config: EfficientSamPromptEncoderConfig):
         super().__init__()
         self.padded_prompt_tokens = config.padded_prompt_tokens
-        # CODEPATH: on in checkpoints finetuned for small objects, off in the default and the released ones
+        # CODEPATH: on in checkpoints of the recipes nuclei and few_shot, off in the default and the released ones
         self.dense_boxes = config.dense_boxes
         self.positional_encoding = EfficientSamPositionalEncoding(config.hidden_size)
         self.padding_embed = nn.Embedding(1, config.hidden_size)

@@ -99,7 +99,7 @@ class EfficientSamProcessor(ProcessorMixin):
                 box that reaches over the border is cut to the image: users drag them there.
             input_masks:
                 Low-resolution logits of an earlier prediction, (B, Q, 1, h, w), or nested (image, object) with
-                `None` for an object without a mask.
+                `None` for an object without a mask. A model with `dense_boxes` cuts them at the object's box.
             original_sizes:
                 (height, width) of every image, when `images` is left out.
             return_tensors:

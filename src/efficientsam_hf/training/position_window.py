@@ -16,7 +16,8 @@ class PositionWindow:
     A model stretches its position table, and the coordinates of points, over whatever image it gets. To a model for
     whole pictures the patches of a part look as if they lay further apart than they do; within `at` they lie as in a
     square image of `side` pixels, of which the part is a window. After 12 minutes on such parts alone the recipe
-    `nuclei` had an mIoU of 0.781 with boxes and 0.709 by click on 20 whole pictures, without it 0.738 and 0.592.
+    `nuclei`, then at 512 pixels, had an mIoU of 0.781 with boxes and 0.709 by click on 20 whole pictures,
+    without it 0.738 and 0.592.
 
     It works through hooks of the model's parts, which do nothing outside of `at`. Raises ValueError if the patch size
     does not divide `side`.
