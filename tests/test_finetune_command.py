@@ -240,6 +240,10 @@ def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.Capt
             ["--train-scenes", "--model-overrides", "{vision_config: {hidden_sise: 48}}"],
             "model_overrides: EfficientSamVisionConfig has no hidden_sise",
         ),
+        (
+            ["--train-scenes", "--model-overrides", "{prompt_encoder_config: {dense_boxes: maybe}}"],
+            "model_overrides: .*'dense_boxes' expected bool, got str .value: 'maybe'",
+        ),
         (["--train-scenes", "--model-overrides", "{vision_config: 3}"], "of EfficientSamVisionConfig too, got"),
         (["--train-scenes", "--train-limit", "3"], "train_limit is for pictures that are stored"),
         (

@@ -88,7 +88,7 @@ class EfficientSamPredictor:
             point_coords: (P, 2) clicks (x, y).
             point_labels: (P) 1 for the object, 0 for the background; all 1 when left out.
             box: (4) x0, y0, x1, y1.
-            mask_input: (1, h, w) low-resolution logits of an earlier call; models with `dense_boxes` cut them at the box.
+            mask_input: (1, h, w) low-resolution logits of an earlier call, cut at the box where `dense_boxes` is on.
             multimask_output: three candidates for a prompt that can mean several things, or one mask.
             return_logits: logits in place of masks.
 

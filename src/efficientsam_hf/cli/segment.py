@@ -92,7 +92,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     group.add_argument(
         "--mask",
         metavar="IN.png",
-        help="a rough mask of it, white on black, of the picture's size; models with dense_boxes cut it at --box",
+        help="a rough mask of it, white on black, of the picture's size, cut at --box where dense_boxes is on",
     )
     group.add_argument("--each-point", action="store_true", help="each --point is an object of its own")
     everything.add_options(parser)

@@ -5,13 +5,15 @@ from dataclasses import fields
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 
 
 def read_overrides(text: str, kind: type[PreTrainedConfig]) -> dict[str, Any]:
     """A YAML mapping of fields of the configuration class `kind`, those of its parts as mappings of their own.
 
-    Raises ValueError for what is no mapping, and for a name that the class or the part's does not have.
+    Raises ValueError for what is no mapping, for a name that the class or the part's does not have, and for a value
+    that is not of its type; whether values go together is seen when the configuration is built.
     """
     try:
         changes = yaml.safe_load(text) or {}
@@ -29,3 +31,11 @@ def _check(changes: Any, kind: type[PreTrainedConfig], text: str) -> None:
     unknown = sorted(str(name) for name in set(changes) - {item.name for item in fields(kind)})
     if unknown:
         raise ValueError(f"model_overrides: {kind.__name__} has no {', '.join(unknown)}")
+    config = kind()
+    for name, value in changes.items():
+        if name in kind.sub_configs:  # checked as a configuration of its own
+            continue
+        try:
+            setattr(config, name, value)
+        except StrictDataclassFieldValidationError as error:
+            raise ValueError(f"model_overrides: {' '.join(str(error).split())}") from error

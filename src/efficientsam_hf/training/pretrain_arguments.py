@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from ..data.crops import RandomCrop
 from ..models.configuration_sami import CHOICES, SamiConfig
 from .arguments import PictureArguments, option
@@ -83,10 +81,7 @@ class PretrainArguments(PictureArguments):
     def _check_student(self) -> None:
         """Raise ValueError unless there is such a student at every image size."""
         for stage in self.stages():
-            try:
-                SamiConfig(**self.student_fields(256, stage.image_size))
-            except StrictDataclassError as error:
-                raise ValueError(f"model_overrides: {str(error).splitlines()[0]}") from error
+            SamiConfig(**self.student_fields(256, stage.image_size))
 
     def overrides(self) -> dict[str, Any]:
         """Changes to a preset's config."""
