@@ -91,6 +91,17 @@ def test_the_mask_with_the_highest_score_counts() -> None:
     assert set(whole) == {"images", "objects", "seed", "sizes", "box"}
 
 
+def test_boxes_with_noise_depend_on_seed_and_image_alone() -> None:
+    def scores(**options: Any) -> torch.Tensor:
+        model = BoxFiller((0.1, 0.9, 0.2))
+        return score_objects(model, PlainProcessor(), SAMPLES, progress=False, **options).ious["noisy_box"][:, 0]
+
+    first = scores(prompts=["noisy_box"])
+    assert torch.equal(first, scores(prompts=["uniform", "noisy_box"])) and 0.4 < first.mean() < 0.95
+    assert not torch.equal(first, scores(prompts=["noisy_box"], seed=1))
+    assert "noisy_box" not in evaluate(BoxFiller((0.1, 0.9, 0.2)), PlainProcessor(), SAMPLES, progress=False)
+
+
 def test_thirds_by_size() -> None:
     result = evaluate(BoxFiller((0.9, 0.1, 0.2)), PlainProcessor(), SAMPLES, prompts=["box"], progress=False)
     sizes = {name: share * HEIGHT * WIDTH for name, share in result["sizes"].items()}

@@ -14,13 +14,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
+from test_prompt_inputs import RELEASED
 from test_segmentation_training import tiny_model
 from transformers import SamConfig
 
 from efficientsam_hf import EfficientSamImageProcessor, EfficientSamModel, SamiConfig, SamiForPreTraining
 from efficientsam_hf.cli import main
 from efficientsam_hf.models.rle_efficientsam import encode_rle
+from efficientsam_hf.training.arguments import read_recipe
 
 
 TRAIN = "finetune --recipe smoke --image-sizes 64 --evaluate-scenes 1 --evaluate-every 2 --checkpoint-every 2".split()
@@ -190,8 +193,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.Captu
 
 def test_recipes_switch_on_what_a_released_checkpoint_lacks(tmp_path: Path) -> None:
     """Background clicks, mask prompts, filled boxes and more than six prompt tokens are trained from there on."""
-    released = {"background_points": False, "mask_prompts": False, "padded_prompt_tokens": 6}
-    tiny_model(**released).save_pretrained(tmp_path / "released")
+    tiny_model(**RELEASED).save_pretrained(tmp_path / "released")
     EfficientSamImageProcessor(size=64).save_pretrained(tmp_path / "released")
     data = write_coco(tmp_path / "data", 2)
     expected = {  # background points, mask prompts, filled boxes, limit of tokens
@@ -220,6 +222,19 @@ def test_recipes_switch_on_what_a_released_checkpoint_lacks(tmp_path: Path) -> N
         if config.background_points:
             assert model.prompt_encoder.background_embed.weight.abs().sum() > 0
         assert model.prompt_encoder.mask_embed.conv3.weight.abs().sum() > 0
+        generation = EfficientSamImageProcessor.from_pretrained(run / "model").mask_generation
+        assert ("crops_nms_thresh" in generation) == (recipe == "nuclei")
+
+
+def test_an_input_that_is_new_and_frozen_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = write_coco(tmp_path / "data", 1)
+    tiny_model(**RELEASED).save_pretrained(tmp_path / "released")
+    run = tmp_path / "run"
+    base = ["finetune", "--recipe", "few_shot", "--model", str(tmp_path / "released"), "--freeze", "prompt_encoder"]
+    assert main([*base, *flags, "--output-dir", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert re.search("freeze: .*released was trained without mask_prompts, which model_overrides switches on", error)
+    assert not run.exists()
 
 
 def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -245,6 +260,12 @@ def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.Capt
             "model_overrides: .*'dense_boxes' expected bool, got str .value: 'maybe'",
         ),
         (["--train-scenes", "--model-overrides", "{vision_config: 3}"], "of EfficientSamVisionConfig too, got"),
+        (["--train-scenes", "--mask-generation", "[0.3]"], "mask_generation must be a YAML mapping, got '.0.3.'"),
+        (["--train-scenes", "--mask-generation", "{nms: 0.3}"], "mask_generation: unknown option 'nms'"),
+        (
+            ["--train-scenes", "--mask-generation", "{crops_nms_thresh: 3}"],
+            "mask_generation: crops_nms_thresh must be a number from 0 to 1, got 3",
+        ),
         (["--train-scenes", "--train-limit", "3"], "train_limit is for pictures that are stored"),
         (
             ["--train-scenes", "--evaluate-scenes", "1", "--best-metric", "scenes/boxx"],
@@ -258,11 +279,16 @@ def test_one_kind_of_training_data_is_needed(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_two_processes_train_one_model(tmp_path: Path, rounds: int) -> None:
+@pytest.mark.parametrize("dense_boxes", [True, False])
+def test_two_processes_train_one_model(tmp_path: Path, rounds: int, dense_boxes: bool) -> None:
+    """Each process draws prompts of its own, such as no box, and torch waits for a gradient of every weight."""
     run = tmp_path / "run"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launch += ["-m", "efficientsam_hf.cli"]
     flags = ["--max-steps", "4", "--prompt-rounds", str(rounds), "--output-dir", str(run)]
+    changed = yaml.safe_load(read_recipe("smoke", "finetune")["model_overrides"])
+    changed["prompt_encoder_config"]["dense_boxes"] = dense_boxes
+    flags += ["--model-overrides", json.dumps(changed)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for resume in ([], ["--resume"]):
         done = subprocess.run([*launch, *TRAIN, *flags, *resume], env=environment, capture_output=True, text=True)

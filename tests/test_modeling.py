@@ -493,9 +493,11 @@ def agreement(first: torch.Tensor, second: torch.Tensor) -> float:
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_nearly_the_same_masks(dtype, model, pixel_values, prompts) -> None:
+@pytest.mark.parametrize("dense_boxes", [False, True])
+def test_half_precision_gives_nearly_the_same_masks(dtype, dense_boxes, pixel_values, prompts) -> None:
+    model = tiny_model(dense_boxes=dense_boxes)
     expected = model(pixel_values, **prompts)
-    outputs = tiny_model().to(dtype)(pixel_values, **prompts)  # float32 pixels: the model casts them
+    outputs = tiny_model(dense_boxes=dense_boxes).to(dtype)(pixel_values, **prompts)  # float32 pixels: it casts them
     assert outputs.pred_masks.dtype == dtype
     assert agreement(outputs.pred_masks, expected.pred_masks) > 0.97
     with torch.autocast("cpu", dtype):

@@ -11,13 +11,17 @@ from .identity import model_revision
 from .models.modeling_efficientsam import EfficientSamModel
 
 
+PROMPT_INPUTS = ("dense_boxes", "padded_prompt_tokens")  # those that no weights belong to
+
+
 @torch.no_grad()
 def average_weights(model: EfficientSamModel, others: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
     """Set the float32 weights of `model` to their mean with those of other folders or Hub models, all alike.
 
     Runs that began from each other's results lie close enough for their mean to be better than each; models trained
     apart do not. Returns name and revision of each other one. Raises ValueError if one has other weights by name or
-    shape, or another Gaussian matrix, which no training changes: it has no common origin then.
+    shape, reads prompts in another way, or has another Gaussian matrix, which no training changes: it has no common
+    origin then.
     """
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     found = []
@@ -29,6 +33,10 @@ def average_weights(model: EfficientSamModel, others: Sequence[str | os.PathLike
         )
         if differing:
             raise ValueError(f"average: {name} has other weights than the run: {', '.join(differing[:3])}, ...")
+        ours, own = (m.config.prompt_encoder_config.to_dict() for m in (model, other))
+        inputs = [f"{key} {own[key]!r}, not {ours[key]!r}" for key in PROMPT_INPUTS if own[key] != ours[key]]
+        if inputs:
+            raise ValueError(f"average: {name} reads prompts in another way than the run: {', '.join(inputs)}")
         moved = [key for key, value in other.named_buffers() if not torch.equal(value, buffers[key])]
         if moved:
             raise ValueError(f"average: {name} has no common origin with the run: its {moved[0]} is another")

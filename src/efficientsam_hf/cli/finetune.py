@@ -130,9 +130,11 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
             f"prompt_encoder_config, got {arguments.model_overrides}"
         )
     else:
-        model = load_with_inputs(source, arguments.overrides().get("prompt_encoder_config", {}))
+        changes = arguments.overrides().get("prompt_encoder_config", {})
+        model = load_with_inputs(source, changes, arguments.parts("freeze"))
         model.config.vision_config.image_size = image_size
         image_processor = EfficientSamImageProcessor.from_pretrained(source, size=image_size)
+    image_processor.mask_generation |= arguments.generation_options()
     check_prompt_tokens(model, arguments.sampling())
     make_trainable(model, arguments)
     return model, EfficientSamProcessor.for_model(model.config, image_processor)

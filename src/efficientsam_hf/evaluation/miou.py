@@ -13,14 +13,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.prompts import center_points, tight_boxes, uniform_points
+from ..data.prompts import center_points, jitter_boxes, tight_boxes, uniform_points
 from ..metrics import bootstrap_difference, chosen_and_best, mask_area, mask_iou
 from ..processes import collect, is_main, own_share
 from ..visualization import contact_sheet, draw_masks, draw_prompts
 from .prompted_image import PromptedImage, compute_context, evaluating
 
 
-PROTOCOLS = ("center", "uniform", "box")
+DEFAULT_PROTOCOLS = ("center", "uniform", "box")
+PROTOCOLS = (*DEFAULT_PROTOCOLS, "noisy_box")
 SIZES = ("small", "medium", "large")
 
 
@@ -76,7 +77,7 @@ def score_objects(
     model: torch.nn.Module,
     processor: Any,
     samples: Sequence[dict[str, Any]],
-    prompts: Sequence[str] = PROTOCOLS,
+    prompts: Sequence[str] = DEFAULT_PROTOCOLS,
     clicks: Sequence[int] = (1,),
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -87,12 +88,14 @@ def score_objects(
 ) -> ObjectScores:
     """IoU for every object of `samples`, {"image", "masks" (N, H, W) bool} each, prompted one by one.
 
-    Prompts: "box" gives the tight box. "uniform" clicks pixels of the mask drawn with (`seed`, image index) alone, as
-    in the paper. "center" clicks the deepest pixel of the mask (distance transform, the image border counting as
-    boundary), and each further click is the deepest pixel of what the last answer has wrong: a background click where
-    it has too much, if the model takes them. `clicks` are the numbers of clicks after which both are scored. The mask
-    with the highest predicted IoU is scored at the original resolution (paper, evaluation protocol). `device` moves
-    the model; a `dtype` other than the weights' computes under autocast.
+    Prompts: "box" gives the tight box, "noisy_box" moves its edges by a tenth of its sides (standard deviation, drawn
+    with (`seed`, image index) alone) and at most 20 pixels of the picture, as SAM was trained. "uniform" clicks pixels
+    of the mask drawn with (`seed`, image index) alone, as in the paper. "center" clicks the deepest pixel of the mask
+    (distance transform, the image border counting as boundary), and each further click is the deepest pixel of what
+    the last answer has wrong: a background click where it has too much, if the model takes them. `clicks` are the
+    numbers of clicks after which both are scored. The mask with the highest predicted IoU is scored at the original
+    resolution (paper, evaluation protocol). `device` moves the model; a `dtype` other than the weights' computes under
+    autocast.
     In a distributed run the processes share the pictures: all must call, and all get the whole result.
 
     Raises `ValueError` for an unknown prompt, a limit, chunk or number of clicks below 1, masks of another size than
@@ -171,8 +174,11 @@ class _ImageScorer:
 
     def score(self, prompt: str, clicks: Sequence[int], generator: torch.Generator) -> dict[str, torch.Tensor]:
         """IoU of the chosen and of the best mask of each object, by protocol: {name: (N, 2)}."""
-        if prompt == "box":
-            return {prompt: self._answer(input_boxes=[tight_boxes(self.masks).tolist()])[0]}
+        if prompt in ("box", "noisy_box"):
+            boxes = tight_boxes(self.masks)
+            if prompt == "noisy_box":
+                boxes = jitter_boxes(boxes, self.masks.shape[-2:], generator)
+            return {prompt: self._answer(input_boxes=[boxes.tolist()])[0]}
         points, labels, scores = [], [], {}
         chosen = torch.zeros_like(self.masks)
         for number in range(1, max(clicks) + 1):

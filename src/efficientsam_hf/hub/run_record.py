@@ -16,7 +16,12 @@ USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
 PATH_INSIDE = re.compile(r"(?<=[\s\"':=,])/(?:[^\s/\"',{}]+/)+[^\s/\"',{}]+")
 CURVE_ROWS = 6
 CURVE_NAMES = ("loss", "miou", "best_miou", "masked_error", "visible_error", "cosine")
-PROMPTS = {"center": "click in the centre", "uniform": "click anywhere", "box": "tight box"}
+PROMPTS = {
+    "center": "click in the centre",
+    "uniform": "click anywhere",
+    "box": "tight box",
+    "noisy_box": "box with noise (10 % of its sides)",
+}
 
 
 @dataclass

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes to a model's configuration, as the field `model_overrides` of a run gives them."""
+"""Changes to the configuration of a model or its processor, as fields of a run give them in YAML."""
 
 from dataclasses import fields
 from typing import Any
@@ -15,14 +15,22 @@ def read_overrides(text: str, kind: type[PreTrainedConfig]) -> dict[str, Any]:
     Raises ValueError for what is no mapping, for a name that the class or the part's does not have, and for a value
     that is not of its type; whether values go together is seen when the configuration is built.
     """
-    try:
-        changes = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"model_overrides must be a YAML mapping, got {text!r}") from error
+    changes = read_mapping(text, "model_overrides")
     _check(changes, kind, text)
     for name, part in kind.sub_configs.items():
         _check(changes.get(name, {}), part, text)
     return changes
+
+
+def read_mapping(text: str, field: str) -> dict[str, Any]:
+    """A YAML mapping, empty for empty text; ValueError that names the field for anything else."""
+    try:
+        content = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{field} must be a YAML mapping, got {text!r}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{field} must be a YAML mapping, got {text!r}")
+    return content
 
 
 def _check(changes: Any, kind: type[PreTrainedConfig], text: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..data.augmentation import Augmentation
 from ..models.configuration_efficientsam import EfficientSamConfig
 from .arguments import PictureArguments, option
-from .config_overrides import read_overrides
+from .config_overrides import read_mapping, read_overrides
 from .segmentation import PARTS, PromptSampling
 
 
@@ -30,6 +30,11 @@ class FinetuneArguments(PictureArguments):
         'Changes to the config of what is new, as YAML, e.g. "{vision_config: {num_hidden_layers: 2}}"; of a '
         "checkpoint's prompt_encoder_config the inputs that it was trained without: background_points, mask_prompts, "
         "dense_boxes, padded_prompt_tokens.",
+    )
+    mask_generation: str = option(
+        "{}",
+        "Options of segment-everything that the model's processor keeps, as YAML, over those of the checkpoint, e.g. "
+        '"{crops_nms_thresh: 0.3}" for objects that never overlap.',
     )
     gradient_checkpointing: bool = option(
         False, "Compute activations again in the backward pass: less memory, a third more time."
@@ -105,6 +110,7 @@ class FinetuneArguments(PictureArguments):
             self._check(name, lambda value: value is None or 0 <= value <= 1, "a fraction")
         self._check_parts()
         self.overrides()
+        self.generation_options()
         self.sampling()
 
     def _check_data(self) -> None:
@@ -148,6 +154,17 @@ class FinetuneArguments(PictureArguments):
     def overrides(self) -> dict:
         """Changes to the model's config, part by part."""
         return read_overrides(self.model_overrides, EfficientSamConfig)
+
+    def generation_options(self) -> dict:
+        """What the model's processor keeps of `MaskGenerationOptions`."""
+        from ..models.mask_generation_efficientsam import MaskGenerationOptions  # brings pipelines along
+
+        options = read_mapping(self.mask_generation, "mask_generation")
+        try:
+            MaskGenerationOptions().with_changes(options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"mask_generation: {error}") from None
+        return options
 
     def sampling(self) -> PromptSampling:
         """How prompts are drawn."""

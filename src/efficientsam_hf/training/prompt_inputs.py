@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inputs that a checkpoint was trained without, such as the released ones: switched on, to be trained from now on."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,17 +13,19 @@ from .segmentation import PromptSampling
 
 
 INPUTS = ("background_points", "mask_prompts", "dense_boxes", "padded_prompt_tokens")
+NEW_WEIGHTS = {"background_points": ["background_embed"], "mask_prompts": ["no_mask_embed", "mask_embed"]}
 
 
-def load_with_inputs(source: str, changes: dict[str, Any]) -> EfficientSamModel:
+def load_with_inputs(source: str, changes: dict[str, Any], freeze: Sequence[str] = ()) -> EfficientSamModel:
     """An EfficientSAM from a folder or Hub id, in float32, with `changes` made to `config.prompt_encoder_config`.
 
     What is new begins without an effect: a background click is a position of no kind, as in released code, and
     neither a mask prompt nor its absence changes the image embeddings. A checkpoint that takes mask prompts already
     is the exception: with `dense_boxes` its boxes are read as earlier answers from the start.
 
-    Raises ValueError for a change that is none of `INPUTS`, a value that the config does not take, or a checkpoint
-    whose weights are not those of its config.
+    Raises ValueError for a change that is none of `INPUTS`, a value that the config does not take, a new input where
+    `freeze` names the prompt encoder, so that it would never have an effect, or a checkpoint whose weights are not
+    those of its config.
     """
     unknown = sorted(set(changes) - set(INPUTS))
     if unknown:
@@ -33,28 +36,27 @@ def load_with_inputs(source: str, changes: dict[str, Any]) -> EfficientSamModel:
     config = EfficientSamConfig.from_pretrained(source)
     before = config.prompt_encoder_config
     config.prompt_encoder_config = after = type(before).from_dict({**before.to_dict(), **changes})
+    new = [name for name in NEW_WEIGHTS if getattr(after, name) and not getattr(before, name)]
+    if new and "prompt_encoder" in freeze:
+        raise ValueError(
+            f"freeze: {source} was trained without {', '.join(new)}, which model_overrides switches on and a frozen "
+            "prompt_encoder never learns: leave one of the two out (--freeze, --model-overrides '{}')"
+        )
     model, report = EfficientSamModel.from_pretrained(
         source, config=config, dtype=torch.float32, output_loading_info=True
     )
-    added: list[str] = []
-    if after.background_points and not before.background_points:
-        added.append("prompt_encoder.background_embed.")
-    if after.mask_prompts and not before.mask_prompts:
-        added += ["prompt_encoder.no_mask_embed.", "prompt_encoder.mask_embed."]
-    missing = {name for name in report["missing_keys"] if not name.startswith(tuple(added))}
+    added = tuple(f"prompt_encoder.{part}." for name in new for part in NEW_WEIGHTS[name])
+    missing = {name for name in report["missing_keys"] if not name.startswith(added)}
     wrong = missing | set(report["unexpected_keys"])
     if wrong:
         raise ValueError(
             f"model: the weights of {source} are not those of its config: {len(wrong)} are missing or have no place, "
             f"such as {min(wrong)}"
         )
-    new: list[nn.Module] = []
-    if after.background_points and not before.background_points:
-        new.append(model.prompt_encoder.background_embed)
-    if after.mask_prompts and not before.mask_prompts:
-        new += [model.prompt_encoder.no_mask_embed, model.prompt_encoder.mask_embed.conv3]
-    for parameter in (parameter for module in new for parameter in module.parameters()):
-        nn.init.zeros_(parameter)
+    for part in (part for name in new for part in NEW_WEIGHTS[name]):
+        module = getattr(model.prompt_encoder, part)
+        for parameter in getattr(module, "conv3", module).parameters():
+            nn.init.zeros_(parameter)
     return model
 
 
