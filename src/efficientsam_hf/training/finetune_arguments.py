@@ -34,7 +34,7 @@ class FinetuneArguments(PictureArguments):
     mask_generation: str = option(
         "{}",
         "Options of segment-everything that the model's processor keeps, as YAML, over those of the checkpoint, e.g. "
-        '"{crops_nms_thresh: 0.3}" for objects that never overlap.',
+        '"{crops_nms_thresh: 0.2}" for objects that never overlap.',
     )
     gradient_checkpointing: bool = option(
         False, "Compute activations again in the backward pass: less memory, a third more time."
