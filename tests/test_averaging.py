@@ -65,9 +65,11 @@ def test_strangers_are_refused(tmp_path: Path) -> None:
     EfficientSamModel(config).save_pretrained(tmp_path / "narrow")
     with pytest.raises(ValueError, match="narrow has other weights than the run: mask_decoder"):
         average_weights(models[0], [tmp_path / "narrow"])
-    models[1].config.prompt_encoder_config.dense_boxes = True
-    models[1].save_pretrained(tmp_path / "dense")
-    with pytest.raises(ValueError, match="dense reads prompts in another way than the run: dense_boxes True, not Fal"):
-        average_weights(models[0], [tmp_path / "dense"])
+    for part, field, value in (("prompt_encoder", "dense_boxes", True), ("mask_decoder", "num_attention_heads", 1)):
+        changed = relatives(2)[1]
+        setattr(getattr(changed.config, f"{part}_config"), field, value)
+        changed.save_pretrained(tmp_path / field)
+        with pytest.raises(ValueError, match=f"another way than the run: {part}_config.{field} is {value}, not "):
+            average_weights(models[0], [tmp_path / field])
     with pytest.raises(OSError, match="nowhere"):
         average_weights(models[0], [tmp_path / "nowhere"])

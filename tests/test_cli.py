@@ -555,9 +555,10 @@ def test_a_damaged_model_is_named(model_folder: str, picture: str, tmp_path: Pat
 
 
 def test_evaluate_knows_the_protocols() -> None:
-    from efficientsam_hf.evaluation import PROTOCOLS
+    from efficientsam_hf.evaluation import DEFAULT_PROTOCOLS, PROTOCOLS
 
     assert evaluate_command.PROTOCOLS == PROTOCOLS
+    assert evaluate_command.DEFAULT_PROTOCOLS == DEFAULT_PROTOCOLS
 
 
 def test_convert(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from .identity import model_revision
 from .models.modeling_efficientsam import EfficientSamModel
-
-
-PROMPT_INPUTS = ("dense_boxes", "padded_prompt_tokens")  # those that no weights belong to
 
 
 @torch.no_grad()
@@ -20,8 +18,8 @@ def average_weights(model: EfficientSamModel, others: Sequence[str | os.PathLike
 
     Runs that began from each other's results lie close enough for their mean to be better than each; models trained
     apart do not. Returns name and revision of each other one. Raises ValueError if one has other weights by name or
-    shape, reads prompts in another way, or has another Gaussian matrix, which no training changes: it has no common
-    origin then.
+    shape, computes with them in another way (heads, `dense_boxes`, ...; the image size may differ), or has another
+    Gaussian matrix, which no training changes: it has no common origin then.
     """
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     found = []
@@ -33,10 +31,10 @@ def average_weights(model: EfficientSamModel, others: Sequence[str | os.PathLike
         )
         if differing:
             raise ValueError(f"average: {name} has other weights than the run: {', '.join(differing[:3])}, ...")
-        ours, own = (m.config.prompt_encoder_config.to_dict() for m in (model, other))
-        inputs = [f"{key} {own[key]!r}, not {ours[key]!r}" for key in PROMPT_INPUTS if own[key] != ours[key]]
-        if inputs:
-            raise ValueError(f"average: {name} reads prompts in another way than the run: {', '.join(inputs)}")
+        ours, own = _computation(model), _computation(other)
+        ways = [f"{key} is {own[key]!r}, not {value!r}" for key, value in ours.items() if own[key] != value]
+        if ways:
+            raise ValueError(f"average: {name} computes in another way than the run: {', '.join(ways)}")
         moved = [key for key, value in other.named_buffers() if not torch.equal(value, buffers[key])]
         if moved:
             raise ValueError(f"average: {name} has no common origin with the run: its {moved[0]} is another")
@@ -48,3 +46,10 @@ def average_weights(model: EfficientSamModel, others: Sequence[str | os.PathLike
 
 def _shape(tensors: dict[str, torch.Tensor], key: str) -> torch.Size | None:
     return tensors[key].shape if key in tensors else None
+
+
+def _computation(model: EfficientSamModel) -> dict[str, Any]:
+    """What the config says of its parts, without what every config of transformers has."""
+    common = {*PreTrainedConfig().to_dict(), "image_size"}
+    parts = {part: getattr(model.config, part).to_dict() for part in model.config.sub_configs}
+    return {f"{part}.{key}": fields[key] for part, fields in parts.items() for key in fields if key not in common}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .evaluate import DEFAULT_PROTOCOLS as PROMPTS
 from .loading import check_name, model_name
 from .running import (
     add_fields,
@@ -28,7 +29,6 @@ OUTPUT_DIR/model, a folder for from_pretrained with the averaged weights.
   efficientsam finetune --train-annotations A.json --train-images DIR --max-steps 1000 --output-dir runs/mine
   efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --resume"""
 
-PROMPTS = ("center", "uniform", "box")  # of an evaluation
 # What the generator finds with, for models that begin here: predicted IoU and stability of what is trained for minutes
 # or hours stay below those of SAM. The checkpoint that ships has the same values.
 TRAINED_MASK_GENERATION = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}

@@ -55,7 +55,8 @@ def load_with_inputs(source: str, changes: dict[str, Any], freeze: Sequence[str]
         )
     for part in (part for name in new for part in NEW_WEIGHTS[name]):
         module = getattr(model.prompt_encoder, part)
-        for parameter in getattr(module, "conv3", module).parameters():
+        last = module.conv3 if part == "mask_embed" else module  # zeros in all of its layers would never learn
+        for parameter in last.parameters():
             nn.init.zeros_(parameter)
     return model
 
