@@ -25,9 +25,10 @@ from efficientsam_hf import (
     EfficientSamProcessor,
     default_checkpoint,
 )
+from efficientsam_hf.models import mask_candidates_efficientsam as candidates
 from efficientsam_hf.models import mask_generation_efficientsam as module
 from efficientsam_hf.models.found_masks_efficientsam import FoundMask, suppress, without_small_regions
-from efficientsam_hf.models.mask_generation_efficientsam import MaskGenerationOptions
+from efficientsam_hf.models.mask_generation_options_efficientsam import MaskGenerationOptions
 from efficientsam_hf.models.mask_geometry_efficientsam import box_iou, cells_near, masks_to_boxes
 from efficientsam_hf.models.rle_efficientsam import decode_rle
 
@@ -95,7 +96,7 @@ def test_masks_are_those_of_the_stock_pipeline(model, processor, generator, pict
 def test_what_is_kept_in_memory_changes_nothing(generator, picture, monkeypatch, changes) -> None:
     expected = generator(picture, crops_n_layers=1)
     for name, value in changes.items():
-        monkeypatch.setattr(module, name, value)
+        monkeypatch.setattr(candidates if name == "HELD_CELLS" else module, name, value)
     result = generator(picture, crops_n_layers=1, points_per_batch=5)
     torch.testing.assert_close(result["scores"], expected["scores"], rtol=0, atol=1e-5)
     assert all(iou(a, b) > 0.999 for a, b in zip(result["masks"], expected["masks"], strict=True))
@@ -109,8 +110,8 @@ def test_the_bounds_of_a_box_hold(generator, picture, monkeypatch) -> None:
     )
     expected = generator(picture, **options)
     looked_at = []
-    exact = module._Crop._exact_mask
-    monkeypatch.setattr(module._Crop, "_exact_mask", lambda *a: looked_at.append(1) or exact(*a))
+    exact = module._Crop._exact_masks
+    monkeypatch.setattr(module._Crop, "_exact_masks", lambda *a: looked_at.append(1) or exact(*a))
     assert same_masks(generator(picture, **options), expected)
     few = len(looked_at)
     monkeypatch.setattr(module, "_certain_iou", lambda inner, outer, boxes: torch.zeros(len(inner), len(boxes)))
@@ -169,7 +170,7 @@ def found(mask: np.ndarray, x: int = 0, y: int = 0) -> FoundMask:
     box = masks_to_boxes(torch.from_numpy(mask)[None])[0] + torch.tensor([x, y, x, y])
     x0, y0, x1, y1 = box.tolist()
     window = mask[y0 - y : y1 + 1 - y, x0 - x : x1 + 1 - x]
-    return FoundMask(window, [x0, y0, x1, y1], int(mask.sum()), 0.9, 0.9, [0.0, 0.0], 100)
+    return FoundMask([x0, y0, x1, y1], int(mask.sum()), 0.9, 0.9, [0.0, 0.0], 100, window)
 
 
 def test_small_regions() -> None:
@@ -203,7 +204,7 @@ def test_masks_that_changed_give_way() -> None:
     """Unchanged masks keep their threshold; smaller crops come first; of two alike the unchanged one stays."""
 
     def at(box: list[int], score: float, crop_area: int = 100, changed: bool = False) -> FoundMask:
-        return FoundMask(None, box, 1, score, 1.0, [0.0, 0.0], crop_area, changed)
+        return FoundMask(box, 1, score, 1.0, [0.0, 0.0], crop_area, changed=changed)
 
     near = [at([0, 0, 100, 100], 0.5), at([0, 0, 100, 80], 0.9), at([0, 0, 100, 100], 0.8, crop_area=50)]
     by_crop = suppress(near, 0.7, lambda mask: (mask.crop_area, -mask.score))
@@ -292,7 +293,8 @@ def test_thin_objects_pass_the_filter_at_low_resolution(width, inside, around, s
     along = (columns * math.cos(angle) - rows * math.sin(angle)).abs()
     logits = torch.where((across <= width / 2) & (along < 90), inside, around)
     stability, mask = full_stability(logits, size)
-    assert stability > 0.3 and module.stability_scores(logits[None], 0.0, 1.0) < stability - module.STABILITY_MARGIN
+    assert stability > 0.3
+    assert module.stability_scores(logits[None], 0.0, 1.0) < stability - candidates.STABILITY_MARGIN
     for threshold, count in ((0.1, 1), (stability - 1e-3, 1), (stability + 1e-3, 0)):
         result = generate_from(logits[None], [0.9], size[::-1], monkeypatch, stability_score_thresh=threshold)
         assert len(result["masks"]) == count
@@ -303,15 +305,15 @@ def test_large_masks_that_are_not_stable_are_never_enlarged(monkeypatch) -> None
     logits = torch.full((256, 256), -6.0)
     logits[40:200, 40:200] = 0.5
     logits[60:180, 60:180] = 3.0
-    monkeypatch.setattr(module._Crop, "_exact_mask", lambda *a: pytest.fail("brought to the size of the image"))
+    monkeypatch.setattr(module._Crop, "_exact_masks", lambda *a: pytest.fail("brought to the size of the image"))
     assert generate_from(logits[None], [0.9], (900, 700), monkeypatch, stability_score_thresh=0.8)["masks"] == []
 
 
 def test_logits_are_held_until_the_memory_for_them_is_full(monkeypatch) -> None:
-    monkeypatch.setattr(module, "HELD_CELLS", 2 * 81 + 40)
+    monkeypatch.setattr(candidates, "HELD_CELLS", 2 * 81 + 40)
     masks = torch.arange(4.0)[:, None, None] + torch.rand(4, 64, 64, generator=torch.Generator().manual_seed(0))
     windows = torch.tensor([[20, 30, 20, 30], [0, 0, 60, 60], [63, 63, 63, 63], [40, 10, 40, 10]])
-    held = module._HeldLogits()
+    held = candidates.HeldWindows()
     places = [*held.add(masks[:1], windows[:1]).tolist(), *held.add(masks[1:], windows[1:]).tolist()]
     assert [place >= 0 for place in places] == [True, False, True, True]  # the second one is too large
     for index, cells in ((0, 81), (2, 25), (3, 81)):

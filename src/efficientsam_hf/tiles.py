@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .models.image_processing_efficientsam import check_picture
-from .models.mask_generation_efficientsam import SORTS
+from .models.mask_generation_options_efficientsam import SORTS
 from .models.rle_efficientsam import compress_counts, rle_counts, runs_to_counts, window_to_runs
 
 

@@ -55,7 +55,7 @@ def add_generator_options(group: argparse._ArgumentGroup) -> None:
 
 def generator_options(args: argparse.Namespace) -> dict[str, Any]:
     """Those that were given; `ValueError` for a wrong value, or for any without --everything."""
-    from ..models.mask_generation_efficientsam import MaskGenerationOptions
+    from ..models.mask_generation_options_efficientsam import MaskGenerationOptions
 
     given = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     if given and not args.everything:

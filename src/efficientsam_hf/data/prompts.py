@@ -17,7 +17,8 @@ def uniform_points(masks: torch.Tensor, generator: torch.Generator) -> torch.Ten
     flat = masks.flatten(0, -3) if masks.dim() > 3 else masks.reshape(-1, *masks.shape[-2:])
     per_row = flat.sum(-1, dtype=torch.int32).cumsum(-1)
     total = per_row[:, -1]
-    fraction = torch.rand(total.shape, generator=generator, device=masks.device, dtype=torch.float64)
+    dtype = torch.float32 if masks.device.type == "mps" else torch.float64  # of which Apple's GPUs have none
+    fraction = torch.rand(total.shape, generator=generator, device=masks.device, dtype=dtype)
     rank = (fraction * total).long().clamp(max=(total - 1).clamp(min=0))
     row = (per_row <= rank[:, None]).sum(-1).clamp(max=flat.shape[-2] - 1)
     before = torch.where(row > 0, per_row.gather(1, (row - 1).clamp(min=0)[:, None])[:, 0], 0)

@@ -8,6 +8,7 @@ far away or out of focus is smooth and does not alias.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -241,14 +242,19 @@ class SceneBank:
         finally:
             torch.set_num_threads(threads)
         return cls(
-            outlines=outlines[:, None].to(device),
+            outlines=outlines[:, None],
             outline_ranges=outline_ranges,
-            textures=textures[None].to(device),
+            textures=textures[None],
             texture_ranges=texture_ranges,
             texture_grain=_grain(textures),
-            warps=warps[None].to(device),
-            noise=noise.to(device),
-        )
+            warps=warps[None],
+            noise=noise,
+        ).to(device)
+
+    def to(self, device: str | torch.device) -> SceneBank:
+        """The same on another device."""
+        rendered = ("outlines", "textures", "warps", "noise")
+        return dataclasses.replace(self, **{name: getattr(self, name).to(device) for name in rendered})
 
     @property
     def device(self) -> torch.device:

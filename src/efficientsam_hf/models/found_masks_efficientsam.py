@@ -21,18 +21,20 @@ class FoundMask:
     of the window, which can be as large as the image.
     """
 
-    window: np.ndarray | None
     box: list[int]
     area: int
     score: float
     stability: float
     point: list[float]
     crop_area: int
-    changed: bool = False
+    window: np.ndarray | None = None
     runs: np.ndarray | None = None
+    changed: bool = False
 
     def packed(self, image_size: tuple[int, int]) -> "FoundMask":
         """The same as runs of the whole image."""
+        if self.window is None:
+            return self
         runs = window_to_runs(self.window, (self.box[0], self.box[1]), image_size)
         return dataclasses.replace(self, window=None, runs=runs)
 

@@ -14,7 +14,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from .mask_generation_efficientsam import MaskGenerationOptions, download
+from .mask_generation_efficientsam import download
+from .mask_generation_options_efficientsam import MaskGenerationOptions
 from .mask_geometry_efficientsam import (
     cells_near,
     crop_boxes_of_layers,

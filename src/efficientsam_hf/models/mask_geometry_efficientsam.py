@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 
 SMALLEST_CROP = 16  # pixels
@@ -79,6 +80,8 @@ def stability_scores(logits: torch.Tensor, mask_threshold: float, offset: float)
 def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
     """First and last column and row of every mask: (M, H, W) bool -> (M, 4) int64 (x0, y0, x1, y1), empty ones 0."""
     height, width = masks.shape[1:]
+    if not masks.numel():
+        return masks.new_zeros(len(masks), 4, dtype=torch.long)
     pixels = masks.view(torch.uint8)  # the largest of bytes is found many times as fast as any of bool
     columns, rows = pixels.amax(1).bool(), pixels.amax(2).bool()
     x, y = torch.arange(width, device=masks.device), torch.arange(height, device=masks.device)
@@ -92,6 +95,28 @@ def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
         dim=1,
     )
     return boxes * columns.any(1, keepdim=True)
+
+
+def column_changes(masks: torch.Tensor) -> torch.Tensor:
+    """Where the columns of masks change: (M, H, W) bool -> (N, 3) int64, mask, column and row, in this order.
+
+    From the first row to the last and one row further, so that each column has as many ends as beginnings.
+    """
+    columns = F.pad(masks.transpose(1, 2), (1, 1))
+    return (columns[..., 1:] != columns[..., :-1]).nonzero()
+
+
+def boxes_of_changes(changes: np.ndarray, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Boxes as of `masks_to_boxes` and areas of so many masks: `column_changes` (N, 3) -> (M, 4), (M) int64."""
+    boxes, areas = np.zeros((count, 4), np.int64), np.zeros(count, np.int64)
+    columns, starts, ends = changes[::2, 1], changes[::2, 2], changes[1::2, 2]
+    index, first = np.unique(changes[::2, 0], return_index=True)
+    if len(index):
+        last = np.append(first[1:], len(columns)) - 1
+        top, bottom = np.minimum.reduceat(starts, first), np.maximum.reduceat(ends, first) - 1
+        boxes[index] = np.stack([columns[first], top, columns[last], bottom], axis=1)
+        areas[index] = np.add.reduceat(ends - starts, first)
+    return torch.from_numpy(boxes), torch.from_numpy(areas)
 
 
 def near_crop_edge(boxes: torch.Tensor, crop_box: list[int], size: tuple[int, int], margin: float = 20.0):
@@ -149,7 +174,9 @@ def cells_near(window: list[int]) -> tuple[slice, slice]:
 
 __all__ = [
     "box_iou",
+    "boxes_of_changes",
     "cells_near",
+    "column_changes",
     "count_pixels",
     "crop_boxes_of_layers",
     "grid_side",

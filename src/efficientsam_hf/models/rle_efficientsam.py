@@ -94,10 +94,15 @@ def window_to_runs(window: np.ndarray, corner: tuple[int, int], size: tuple[int,
     Pixels count down the columns of the mask of `size` (height, width); `corner` (x, y) is the place of the window's
     first pixel in it. Only the window is looked at, however large the mask.
     """
-    x, y = corner
     columns = np.pad(window.T, ((0, 0), (1, 1)))
-    column, row = np.nonzero(columns[:, 1:] != columns[:, :-1])
-    changes = (column + x) * size[0] + row + y
+    return changes_to_runs(*np.nonzero(columns[:, 1:] != columns[:, :-1]), corner, size)
+
+
+def changes_to_runs(
+    columns: np.ndarray, rows: np.ndarray, corner: tuple[int, int], size: tuple[int, int]
+) -> np.ndarray:
+    """The same from where its columns change, (R), (R) in order: first pixels and ends of what belongs to the mask."""
+    changes = (columns + corner[0]) * size[0] + rows + corner[1]
     # A run that reaches the foot of a column may go on at the head of the next one.
     joined = np.flatnonzero(changes[1:-1:2] == changes[2::2]) * 2 + 1
     return np.delete(changes, np.concatenate((joined, joined + 1))).reshape(-1, 2)
@@ -113,7 +118,7 @@ def _counts_to_string(counts: np.ndarray) -> str:
     """Pack run lengths into the COCO string, (R,) -> str."""
     numbers = counts.copy()
     numbers[3:] -= counts[1:-2]
-    shifts = 5 * np.arange(MAX_GROUPS)
+    shifts = 5 * np.arange(int(np.abs(numbers).max()).bit_length() // 5 + 1)  # one bit more is for the sign
     groups = (numbers[:, None] >> shifts) & 31
     rest = numbers[:, None] >> (shifts + 5)
     more = np.where(groups & 16, rest != -1, rest != 0)

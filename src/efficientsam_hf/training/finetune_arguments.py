@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..data.augmentation import Augmentation
 from ..models.configuration_efficientsam import EfficientSamConfig
+from ..models.mask_generation_options_efficientsam import MaskGenerationOptions
 from .arguments import PictureArguments, option
 from .config_overrides import read_mapping, read_overrides
 from .segmentation import PARTS, PromptSampling
@@ -157,8 +158,6 @@ class FinetuneArguments(PictureArguments):
 
     def generation_options(self) -> dict:
         """What the model's processor keeps of `MaskGenerationOptions`."""
-        from ..models.mask_generation_efficientsam import MaskGenerationOptions  # brings pipelines along
-
         options = read_mapping(self.mask_generation, "mask_generation")
         try:
             MaskGenerationOptions().with_changes(options)

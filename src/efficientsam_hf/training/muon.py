@@ -67,7 +67,7 @@ def orthogonalize(
     """
     a, b, c = coefficients
     wide = (matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT).float()
-    wide = (wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=eps)).to(dtype)
+    wide = (wide / torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True).clamp(min=eps)).to(dtype)
     for _ in range(steps):
         gram = wide @ wide.mT
         wide = torch.baddbmm(wide, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), wide, beta=a)
