@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from counted_work import Work, counting, synchronize
+from counted_work import Work, counting, is_emulated, synchronize
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamVisionConfig, EfficientSamVisionModel
 from efficientsam_hf.files import write_json
@@ -57,10 +57,12 @@ def build_variants(args: argparse.Namespace) -> dict[str, Callable[[], torch.Ten
     shape = (args.batch_size, 3, args.image_size, args.image_size)
     pixels = torch.randn(shape, generator=generator).to(args.device)
     kinds = {BASELINE: ("eager", torch.float32), "sdpa float32": ("sdpa", torch.float32)}
-    kinds["sdpa bfloat16"] = ("sdpa", torch.bfloat16)
+    if is_emulated("bfloat16", args.device):
+        print(f"bfloat16 is not run: {args.device} emulates it")
+    else:
+        kinds["sdpa bfloat16"] = ("sdpa", torch.bfloat16)
     if args.compile:
-        kinds["sdpa float32 compiled"] = ("sdpa", torch.float32)
-        kinds["sdpa bfloat16 compiled"] = ("sdpa", torch.bfloat16)
+        kinds |= {f"{name} compiled": kind for name, kind in kinds.items() if name != BASELINE}
     variants = {}
     for name, (attention, dtype) in kinds.items():
         # A config of its own: models that share one share its attention.

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from counted_work import is_emulated
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel
 from efficientsam_hf.data.sa1b import Sa1bFolder, read_row, stream_tars
@@ -79,11 +80,11 @@ def seconds_per_step(batches: SampleBatches, args: argparse.Namespace) -> float:
     arguments = FinetuneArguments(output_dir="unused", max_steps=1, train_scenes=True)
     (optimizer,) = make_optimizers(module, arguments, fused=True)
     source = batches(0, Stage(0.0, args.image_size, args.batch_size))
-    times = []
+    times, emulated = [], is_emulated("bfloat16", args.device)
     for _ in range(args.steps + 1):
         batch = {name: value.to(args.device) for name, value in next(source).items()}
         start = time.perf_counter()
-        with torch.autocast(args.device, torch.bfloat16):
+        with torch.autocast(args.device, torch.bfloat16, enabled=not emulated):
             loss = module(batch)["loss"]
         loss.backward()
         optimizer.step()

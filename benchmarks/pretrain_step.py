@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from counted_work import is_emulated
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SamVisionConfig, SamVisionModel
@@ -42,9 +43,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--teacher", choices=sorted(TEACHERS), help="also a step with this teacher at 224 pixels")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--float32", action="store_true", help="without autocast to bfloat16")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16, for the teacher neither")
     parser.add_argument("--compile", action="store_true")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.float32 and is_emulated("bfloat16", args.device):
+        parser.error(f"{args.device} emulates bfloat16, which takes many times as long: give --float32")
+    return args
 
 
 class Distillation(nn.Module):
@@ -60,10 +64,10 @@ class Distillation(nn.Module):
         return {"loss": (predicted.float() - batch["target_features"]).square().mean()}
 
 
-def random_teacher(name: str, device: str) -> Teacher:
-    """SAM's encoder at 224 pixels, where its grid is the student's, in bfloat16."""
+def random_teacher(name: str, device: str, dtype: torch.dtype) -> Teacher:
+    """SAM's encoder at 224 pixels, where its grid is the student's."""
     config = SamVisionConfig(**TEACHERS[name], image_size=224)
-    model = SamVisionModel(config).to(device, torch.bfloat16).eval().requires_grad_(False)
+    model = SamVisionModel(config).to(device, dtype).eval().requires_grad_(False)
     return Teacher(model, name, (0.5,) * 3, (0.25,) * 3, 224, 16, 256, "random weights")
 
 
@@ -90,7 +94,8 @@ def build_variants(args: argparse.Namespace) -> dict[str, Callable[[], torch.Ten
         "no masking": (Distillation(student()).to(args.device), batch),
     }
     if args.teacher:
-        online = MaskedPretraining(student(), random_teacher(args.teacher, args.device))
+        dtype = torch.float32 if args.float32 else torch.bfloat16
+        online = MaskedPretraining(student(), random_teacher(args.teacher, args.device, dtype))
         modules[f"online {args.teacher}"] = (online, without)
     if args.compile:
         for module, _ in modules.values():

@@ -10,8 +10,8 @@ takes turns with it in one process; speed-ups are medians of the ratios within a
 and `memory` of Ti take those of the shipped checkpoint, at 1024 pixels and with low thresholds, so that there are
 masks to find: their number is printed. In `everything` the baseline, which takes minutes, runs once, what is compared
 before and after it. `sam` checks the baseline: the prompt decoder of transformers' SamModel has the same work to do.
-`memory` starts a process for each grid and reads its peak. `others` encodes a picture and decodes 64 prompts by other
-promptable models of transformers, those that can be built here.
+`memory` starts a process for each grid, in the last of the dtypes, and reads its peak. `others` encodes a picture and
+decodes 64 prompts by other promptable models of transformers, those that can be built here.
 
 Beside the seconds of each row stand the operations that were counted in it (two per multiply-add), the bytes that its
 operations read and wrote, and the seconds that this machine takes at least for either: products of matrices in the
@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from counted_work import Rates, Work, counting, measure_rates, synchronize
+from counted_work import Rates, Work, counting, is_emulated, measure_rates, synchronize
 from PIL import Image
 from torch import nn
 from transformers import MaskGenerationPipeline, SamConfig, SamModel
@@ -48,7 +48,7 @@ from efficientsam_hf import (
     default_checkpoint,
 )
 from efficientsam_hf.files import write_json
-from efficientsam_hf.machine import SLOW, describe_machine, relative_seconds
+from efficientsam_hf.machine import describe_machine
 from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
 
 
@@ -111,9 +111,9 @@ def parse_arguments() -> argparse.Namespace:
         if min(values) < 1:
             parser.error(f"--{name} must be at least 1, got {min(values)}")
     if args.dtypes is None:
-        well = relative_seconds(torch.bfloat16, args.device) < SLOW
-        args.dtypes = ["float32", "bfloat16"] if well else ["float32"]
-        if not well:
+        emulated = is_emulated("bfloat16", args.device)
+        args.dtypes = ["float32"] if emulated else ["float32", "bfloat16"]
+        if emulated and not args.peak_of:
             print(f"bfloat16 is not run: {args.device} emulates it")
     if args.image and not args.image.is_file():
         parser.error(f"--image {args.image} is no file")
@@ -291,12 +291,14 @@ class _StockSteps:
 def memory_rows(args: argparse.Namespace, rates: Rates) -> list[dict]:
     """Peak memory over that of the loaded model, for grids of a quarter, all and four times the points."""
     rows = []
+    dtype = args.dtypes[-1]
     for grid in (args.grid // 2, args.grid, 2 * args.grid):
-        command = [sys.executable, __file__, "--preset", args.preset, "--peak-of", str(max(grid, 1))]
+        command = [sys.executable, __file__, "--preset", args.preset, "--dtypes", dtype]
+        command += ["--peak-of", str(max(grid, 1))]
         command += ["--image", str(args.image)] if args.image else []
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        row = {"work": f"memory, {grid}x{grid}", **json.loads(output.splitlines()[-1])}
-        print(f"{row['work']:<22}{'generator bfloat16':<34}{row['gigabytes']:>9.2f} GB over the loaded model, "
+        row = {"work": f"memory, {grid}x{grid}", "dtype": dtype, **json.loads(output.splitlines()[-1])}
+        print(f"{row['work']:<22}{f'generator {dtype}':<34}{row['gigabytes']:>9.2f} GB over the loaded model, "
               f"{row['seconds']:.1f} s, {row['masks']} masks", flush=True)  # fmt: skip
         rows.append(row)
     return rows
@@ -304,7 +306,7 @@ def memory_rows(args: argparse.Namespace, rates: Rates) -> list[dict]:
 
 def print_peak(args: argparse.Namespace) -> None:
     """What a process for one grid prints."""
-    model, image = build_model(args.preset, torch.bfloat16, trained=True), picture(args)
+    model, image = build_model(args.preset, getattr(torch, args.dtypes[-1]), trained=True), picture(args)
     generator = EfficientSamMaskGenerator(
         model,
         EfficientSamImageProcessor(size=SIZE),
