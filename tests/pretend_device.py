@@ -48,6 +48,16 @@ class FarTensor(torch.Tensor):
     def is_cuda(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def is_meta(self) -> bool:
+        return False
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.near.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.near.data_ptr()
+
     def tolist(self) -> list:
         return self.cpu().tolist()
 
@@ -188,6 +198,8 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch, name: str = "cuda:0") -> I
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**33))
         patch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
         patch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+        patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1, dtype=torch.uint8))
+        patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
         patch.setattr(torch, "tensor", tensor)
         patch.setattr(torch, "Generator", FarGenerator)
         for name in ("rand", "randn", "randint", "randperm"):

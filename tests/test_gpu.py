@@ -3,6 +3,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from PIL import Image
 from pretend_device import PretendDevice, pretended_device
+from safetensors.torch import load_file
 
 from efficientsam_hf import (
     EfficientSamConfig,
@@ -63,7 +66,7 @@ def bank() -> SceneBank:
     return SceneBank.build()
 
 
-@pytest.fixture(params=["cuda:0", "mps:0"])
+@pytest.fixture(params=["cuda:0", pytest.param("mps:0", marks=pytest.mark.slow)])
 def gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendDevice]:
     with pretended_device(monkeypatch, request.param) as device:
         yield device
@@ -220,6 +223,7 @@ def pretraining_batch() -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.parametrize("gpu", ["cuda:0", "mps:0"], indirect=True)
 @pytest.mark.parametrize(
     ("build", "batch"),
     [(tiny_segmentation, segmentation_batch()), (tiny_pretraining, pretraining_batch())],
@@ -264,3 +268,27 @@ def test_the_command(gpu, photo, tmp_path: Path) -> None:
     assert main([*flags, "--everything", "--points-per-crop", "4", "-o", str(tmp_path / "all")]) == 0
     for name in ("prompts", "all"):
         assert json.loads((tmp_path / name / "masks.json").read_text())
+
+
+def test_a_run_and_its_resumption(gpu, bank, tmp_path: Path, monkeypatch) -> None:
+    """Training, pictures, evaluation, checkpoints and export; gone on with after the last checkpoint is lost."""
+    for state in (PartialState, AcceleratorState):  # which all that trains in this process shares
+        monkeypatch.setattr(state, "_shared_state", {})
+    monkeypatch.setattr(PartialState, "default_device", property(lambda state: gpu.device))
+    monkeypatch.setattr(SceneBank, "build", lambda seed=0, device="cpu": bank.to(device))
+    due = ["--log-every", "1", "--evaluate-every", "2", "--picture-every", "2", "--checkpoint-every", "1"]
+    flags = ["--recipe", "smoke", "--no-cpu", "--image-sizes", "64", "--batch-size", "2", "--evaluate-scenes", "2"]
+    flags += [*due, "--max-steps", "3", "--optimizer", "muon", "--output-dir", str(tmp_path)]
+    assert main(["finetune", *flags]) == 0
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    shutil.rmtree(tmp_path / "checkpoints" / "step_3")
+    shutil.rmtree(tmp_path / "model")
+    assert main(["finetune", *flags, "--resume"]) == 0
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    losses = {}
+    for row in log:
+        if row["event"] == "train":
+            losses.setdefault(row["step"], []).append(row["loss"])
+    assert len(losses[1]) == 1 and len(losses[3]) == 2 and losses[3][0] == pytest.approx(losses[3][1], abs=1e-5)
+    for name, value in load_file(tmp_path / "model" / "model.safetensors").items():
+        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-5)
