@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """A GPU that is none: tensors that say they are on it, computed by the CPU.
 
-Where tensors of two devices meet it raises, as a real one does, and it counts what a program starts on it and waits
-for. Numbers are the CPU's; how fast anything would be it cannot say.
+Where tensors of two devices meet it raises, as a real one does, and where Apple's GPUs have no float64 or no such
+operation; and it counts what a program starts on it and waits for. Numbers are the CPU's; how fast anything would be
+it cannot say. Autocast does nothing on it, generators are looked at in torch.rand and its like alone, and what is
+made on the device "meta" is on this one.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 
-# What takes tensors of several devices, and what starts nothing.
-MIXING = {"_to_copy", "copy_", "index", "index_put_", "_index_put_impl_"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+JOINING = {"cat", "stack", "mm", "bmm", "addmm", "gather", "index_select", "embedding"}  # numbers on the CPU neither
+# What starts nothing.
 FREE = {"empty", "empty_like", "empty_strided", "new_empty", "detach", "_unsafe_view", "_local_scalar_dense"}
 WAITING = {"_local_scalar_dense", "nonzero", "equal", "_unique2"}
 BY_MASK = {"index", "index_put_", "_index_put_impl_", "masked_select"}
@@ -58,6 +64,12 @@ class FarTensor(torch.Tensor):
     def data_ptr(self) -> int:
         return self.near.data_ptr()
 
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return super().__getitem__(_without_lists(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(_without_lists(index), value)
+
     def tolist(self) -> list:
         return self.cpu().tolist()
 
@@ -72,6 +84,13 @@ class FarTensor(torch.Tensor):
         raise RuntimeError(f"{func} of a tensor on a pretended device, after its time")
 
 
+def _without_lists(index: Any) -> Any:
+    """Lists of an index as tensors, which torch would make on "meta", of nothing."""
+    if isinstance(index, tuple):
+        return tuple(_without_lists(part) for part in index)
+    return torch.tensor(index) if isinstance(index, list) else index
+
+
 NearGenerator = torch.Generator
 
 
@@ -79,7 +98,7 @@ class FarGenerator(NearGenerator):
     """Random numbers on the device: those of a generator on the CPU."""
 
     def __new__(cls, device: Any = "cpu") -> NearGenerator:
-        return super().__new__(cls if _is_far(device) else NearGenerator, "cpu")
+        return super().__new__(NearGenerator if torch.device(device).type == "cpu" else cls, "cpu")
 
     def __init__(self, device: Any = "cpu"):
         self.far = torch.device(device)
@@ -100,6 +119,8 @@ class PretendDevice(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs, name = dict(kwargs or {}), func.overloadpacket.__name__
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        far = [isinstance(tensor, FarTensor) for tensor in tensors]
         if name == "to":
             return self._moved(func, args, kwargs)
         if "upsample" not in name:  # which in parts would be a hundred operations, and other numbers
@@ -107,16 +128,15 @@ class PretendDevice(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        far = [isinstance(tensor, FarTensor) for tensor in tensors]
-        if any(far) and name not in MIXING and any(tensor.ndim and not f for tensor, f in zip(tensors, far)):
-            raise RuntimeError(f"{func}: expected all tensors on one device, found {self.device} and the CPU")
+        _check_devices(func, args, tensors, far)
+        if any(far) and self.device.type == "mps" and name in _without_mps():
+            raise NotImplementedError(f"The operator 'aten::{name}' is not currently implemented for the MPS device")
         goes_far = any(far)
         if name == "copy_":
             goes_far = far[0]
         elif kwargs.get("device") is not None:
             goes_far = _is_far(kwargs["device"])
-            kwargs["device"] = torch.device("cpu")
+            kwargs |= {"device": torch.device("cpu")} if goes_far else {}
         if goes_far or any(far):
             self._count(func, name, args, far, goes_far)
         result = func(*tree_map(_near, args), **tree_map(_near, kwargs))
@@ -170,29 +190,64 @@ def _near(value: Any) -> Any:
 
 
 def _is_far(device: Any) -> bool:
+    """To torch's C++ what is on the device is on "meta", and so is what it makes beside it."""
     return torch.device(device).type != "cpu"
+
+
+def _check_devices(func: Any, args: tuple, tensors: list[torch.Tensor], far: list[bool]) -> None:
+    """Raise where tensors of two devices meet; a single number on the CPU may meet any, other than in place."""
+    name = func.overloadpacket.__name__
+    empty = [tensor for tensor, there in zip(tensors, far) if not there and tensor.device.type == "meta"]
+    if empty:
+        raise RuntimeError(f"{func}: torch made a tensor past the pretended device, which has no numbers")
+    if not any(far) or all(far) or name in {"_to_copy", "copy_"}:
+        return
+    if name in INDEXING:  # indices may come from the CPU
+        wrong = not far[0] or any(t.ndim and not isinstance(t, FarTensor) for t in args[2:3])
+    else:
+        numbers = name not in JOINING and not (func._schema.is_mutable and not far[0])
+        wrong = any((tensor.ndim or not numbers) and not there for tensor, there in zip(tensors, far))
+    if wrong:
+        raise RuntimeError(f"{func}: expected all tensors on one device, found some on the CPU and some elsewhere")
+
+
+@cache
+def _without_mps() -> set[str]:
+    """Operations that torch has kernels for, but none for Apple's GPUs."""
+    listed = files("torchgen").joinpath("packaged/ATen/native/native_functions.yaml").read_text()
+    names: dict[str, bool] = {}
+    for entry in yaml.load(listed, getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+        kernels = "".join(entry.get("dispatch", {"Composite": ""}))
+        has = "MPS" in kernels or "Composite" in kernels or "structured_delegate" in entry
+        name = entry["func"].partition("(")[0].partition(".")[0]
+        names[name] = names.get(name, False) or has
+    return {name for name, has in names.items() if not has} - {"_linalg_svd"}  # which falls back to the CPU
 
 
 def _checking_generators(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """A function of torch that draws numbers, which raises for a generator of another device."""
 
     def drawn(*sizes: Any, generator: NearGenerator | None = None, device: Any = "cpu", **options: Any):
-        if generator is not None and isinstance(generator, FarGenerator) != _is_far(device):
+        if generator is not None and generator.device.type != torch.device(device).type:
             raise RuntimeError(f"Expected a {device} device type for generator but found {generator.device}")
         return draw(*sizes, generator=generator, device=device, **options)
 
     return drawn
 
 
+def _made_near(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`torch.tensor`, which looks for the device itself, past every mode."""
+
+    def tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None, **options: Any) -> torch.Tensor:
+        made = make(data, dtype=dtype, **options)
+        return made if device is None else made.to(device)
+
+    return tensor
+
+
 @contextmanager
 def pretended_device(monkeypatch: pytest.MonkeyPatch, name: str = "cuda:0") -> Iterator[PretendDevice]:
     """A device for a block: one of CUDA's, or "mps:0", which has no float64."""
-    make = torch.tensor
-
-    def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
-        made = make(data, **options)  # torch's own looks for the device itself, past every mode
-        return made if device is None else made.to(device)
-
     with monkeypatch.context() as patch, PretendDevice(torch.device(name)) as device:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**33))
@@ -200,7 +255,8 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch, name: str = "cuda:0") -> I
         patch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1, dtype=torch.uint8))
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-        patch.setattr(torch, "tensor", tensor)
+        for name in ("tensor", "as_tensor"):
+            patch.setattr(torch, name, _made_near(getattr(torch, name)))
         patch.setattr(torch, "Generator", FarGenerator)
         for name in ("rand", "randn", "randint", "randperm"):
             patch.setattr(torch, name, _checking_generators(getattr(torch, name)))

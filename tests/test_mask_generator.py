@@ -156,6 +156,9 @@ def test_a_window_is_a_part_of_the_whole(size) -> None:
         window, (x, y) = processor.resize_window(logits, size, cells)
         part = whole[y : y + window.shape[0], x : x + window.shape[1]]
         torch.testing.assert_close(window, part, rtol=0, atol=2e-5)
+        (within,) = processor.resize_within(logits[None], size, [cells])
+        assert torch.equal(within[y : y + window.shape[0], x : x + window.shape[1]], part)
+        assert within.isfinite().sum() == window.numel()
         if min(size) < 64 and not window.numel():
             continue
         centres = [(cells[axis] + 0.5) / 64 * size[1 - axis % 2] for axis in range(4)]

@@ -14,6 +14,8 @@ from transformers import MaskGenerationPipeline
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel
 from efficientsam_hf.models.mask_geometry_efficientsam import (
     box_iou,
+    boxes_of_changes,
+    column_changes,
     count_pixels,
     crop_boxes_of_layers,
     layer_of_crop,
@@ -23,7 +25,7 @@ from efficientsam_hf.models.mask_geometry_efficientsam import (
     point_grid,
     stability_scores,
 )
-from efficientsam_hf.models.rle_efficientsam import decode_rle
+from efficientsam_hf.models.rle_efficientsam import changes_to_runs, decode_rle, mask_to_counts, runs_to_counts
 
 
 @pytest.fixture
@@ -294,3 +296,23 @@ def test_pipeline_in_half_precision_agrees(model, picture) -> None:
     assert abs(len(half["masks"]) - count) <= 0.1 * count
     best = [max((mask & other).sum() / (mask | other).sum() for other in exact["masks"]) for mask in half["masks"]]
     assert np.mean(best) > 0.9
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (13, 7), (40, 31)])
+def test_outlines_say_what_pixels_say(size: tuple[int, int]) -> None:
+    """Boxes, areas and runs of empty and full masks, of such that touch borders, and of noise."""
+    generator = torch.Generator().manual_seed(0)
+    masks = [torch.zeros(size), torch.ones(size), torch.zeros(size)]
+    masks += [(torch.rand(size, generator=generator) < share).float() for share in (0.05, 0.5, 0.95)]
+    masks = torch.stack([*masks, torch.ones(size)]).bool()
+    masks[-1, :-1] = False
+    changes = column_changes(masks)
+    boxes, areas = boxes_of_changes(changes.numpy(), len(masks))
+    assert torch.equal(boxes, masks_to_boxes(masks)) and torch.equal(areas, count_pixels(masks))
+    whole = (size[0] + 5, size[1] + 3)
+    for index, mask in enumerate(masks):
+        placed = np.zeros(whole, bool)
+        placed[2 : 2 + size[0], 1 : 1 + size[1]] = mask
+        _, columns, rows = changes[changes[:, 0] == index].numpy().T
+        runs = changes_to_runs(columns, rows, (1, 2), whole)
+        np.testing.assert_array_equal(runs_to_counts(runs, placed.size), mask_to_counts(placed))

@@ -277,7 +277,7 @@ def _sensor_noise(bank: SceneBank, tables: SceneTables, size: int) -> torch.Tens
     steps = torch.arange(size, device=bank.device)
     columns, rows = (start[:, :1] + steps) % side, (start[:, 1:] + steps) % side
     pixels = (rows * side)[:, :, None] + columns[:, None]
-    planes = torch.stack([plane.take(pixels) for plane in bank.noise], 1)
+    planes = torch.stack([plane[pixels] for plane in bank.noise], 1)
     grey = tables.scene["grey"] | (tables.scene["colour_noise"] < 0.5)
     return torch.where(grey.to(bank.device)[:, None, None, None], planes[:, :1], planes)
 

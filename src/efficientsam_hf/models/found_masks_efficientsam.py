@@ -17,8 +17,8 @@ from .rle_efficientsam import window_to_runs
 class FoundMask:
     """A mask at the size of the image: `window` (h, w) bool is what its box holds of it.
 
-    `box` is in pixels of the image. When nothing more is done to a mask, `runs` (see `window_to_runs`) take the place
-    of the window, which can be as large as the image.
+    `box` is in pixels of the image. When nothing more is to be done to a mask, `runs` (see `window_to_runs`) stand in
+    the place of the window, which can be as large as the image.
     """
 
     box: list[int]

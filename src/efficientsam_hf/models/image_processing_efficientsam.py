@@ -234,6 +234,22 @@ class EfficientSamImageProcessor(BaseImageProcessor):
             window = _resize_axis(window, near_y.start, logits.shape[0], (y0, y1), size[0])
         return window, (x0, y0)
 
+    @torch.no_grad()
+    def resize_within(self, logits: torch.Tensor, size: tuple[int, int], cells: list[list[int]]) -> torch.Tensor:
+        """The same for many masks at once, at the size of the image, where most of it need not be saved.
+
+        (M, h, w) logits, and for each of them the cells that matter -> (M, height, width) float32, -inf where
+        `resize_window` ends.
+        """
+        outside = []
+        for axis, (count, pixels) in enumerate(zip(logits.shape[:0:-1], size[::-1])):
+            spans = [_pixels_of(window[axis], window[axis + 2], count, pixels) for window in cells]
+            first, end = torch.tensor(spans, device=logits.device)[:, :, None].unbind(1)
+            pixel = torch.arange(pixels, device=logits.device)
+            outside.append((pixel < first) | (pixel >= end))
+        resized = _resize_logits(logits[None], size, None)[0]
+        return resized.masked_fill_(outside[0][:, None, :] | outside[1][:, :, None], -math.inf)
+
     def generate_crop_boxes(
         self,
         image: Any,

@@ -14,8 +14,7 @@ from .mask_geometry_efficientsam import cells_near, count_pixels, masks_to_boxes
 
 
 HELD_CELLS = 2**26  # of candidates' logits that a CPU keeps; what finds no room is decoded again when its turn comes
-HELD_CELLS_ELSEWHERE = 2**28  # that another device keeps: 4,096 masks of 256 x 256, half a gigabyte in half precision
-PIXELS_AT_ONCE = 2**26  # of masks that another device than a CPU brings to full size together: 32 of 1920 x 1080
+HELD_CELLS_ELSEWHERE = 2**28  # that another device keeps: 4,096 masks of 256 x 256, a gigabyte in float32
 STABILITY_MARGIN = 0.1  # what the stability of low-resolution logits may lack at least, where a mask has at least
 STABILITY_CELLS = 64  # so many cells, each no smaller than a pixel; that of smaller ones says too little
 LOGIT_MARGIN = 1.0  # how far below the threshold low-resolution logits can lie and rise above it by interpolation

@@ -28,7 +28,7 @@ from transformers import MaskGenerationPipeline
 
 from .fast_decoding_efficientsam import EfficientSamFastDecoder
 from .found_masks_efficientsam import FoundMask, label_regions, suppress, without_small_regions
-from .mask_candidates_efficientsam import PIXELS_AT_ONCE, Candidates, HeldMasks, HeldWindows, promising
+from .mask_candidates_efficientsam import Candidates, HeldMasks, HeldWindows, promising
 from .mask_generation_options_efficientsam import MaskGenerationOptions
 from .mask_geometry_efficientsam import (
     box_iou,
@@ -47,6 +47,9 @@ from .rle_efficientsam import changes_to_runs, compress_counts, decode_rle, runs
 IMAGES_AT_ONCE = 8  # crops that the encoder takes in one batch
 FILTERED_AT_ONCE = 32  # masks that are filtered at low resolution together, so that a CPU's cache holds them
 MASKS_AT_ONCE = 16  # candidates that are looked at before the next ones are suppressed
+# Other devices look at those of a turn together, as far as their pixels (or, of low-resolution logits, cells) allow.
+MASKS_TOGETHER = 32
+PIXELS_TOGETHER = 2**26  # 32 masks of 1920 x 1080, a quarter of a gigabyte in float32
 DOWNLOAD_SECONDS = 30
 
 
@@ -186,7 +189,7 @@ class _Crop:
 
     def _turn(self) -> int:
         """Candidates to look at before the next ones are suppressed."""
-        return MASKS_AT_ONCE if self.on_cpu else max(1, min(2 * MASKS_AT_ONCE, PIXELS_AT_ONCE // math.prod(self.size)))
+        return MASKS_AT_ONCE if self.on_cpu else max(1, min(MASKS_TOGETHER, PIXELS_TOGETHER // math.prod(self.size)))
 
     def _candidates(self) -> tuple[Candidates, HeldWindows | HeldMasks]:
         """Every point's masks, filtered at low resolution, and their logits as far as they are held."""
@@ -204,7 +207,7 @@ class _Crop:
         masks, scores, prompts = self.decoder.decode_above(threshold, *self._clicks(self.prompts[start:end]))
         masks, scores = masks[:, 1:], scores[:, 1:].float()
         parts = []
-        at_once = FILTERED_AT_ONCE if self.on_cpu else PIXELS_AT_ONCE // math.prod(self.cells)
+        at_once = FILTERED_AT_ONCE if self.on_cpu else max(1, PIXELS_TOGETHER // math.prod(self.cells))
         for rows, tokens in zip(*(found.split(at_once) for found in (scores > threshold).nonzero().unbind(1))):
             logits = masks[rows, tokens]
             good, cores, windows = promising(logits, self.options, self.cells_per_pixel)
@@ -243,15 +246,15 @@ class _Crop:
         return inner - outwards, (outer + outwards * (scale + 1)).clamp(origin, end)
 
     def _at_full_size(self, logits: list[torch.Tensor], windows: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Logits (M, h, w) float32 of the crop's pixels, on a CPU those of a window, and (x, y) of the first pixel."""
-        if self.on_cpu:
-            full, corner = self.image_processor.resize_window(logits[0], self.size, windows[0].tolist())
-            return full[None], corner
-        size = torch.tensor([self.size])
-        return self.image_processor.post_process_masks([torch.stack(logits)[None]], size, binarize=False)[0][0], (0, 0)
+        """Logits (M, h, w) float32 of the crop's pixels, and (x, y) of the first: on a CPU for one, and its window."""
+        if not self.on_cpu:
+            return self.image_processor.resize_within(torch.stack(logits), self.size, windows.tolist()), (0, 0)
+        (logits,), (window,) = logits, windows.tolist()
+        full, corner = self.image_processor.resize_window(logits, self.size, window)
+        return full[None], corner
 
     def _exact_masks(self, candidates: Candidates, logits: list[torch.Tensor], boxes: torch.Tensor) -> list[FoundMask]:
-        """Some candidates at full size, of the best score first.
+        """Some candidates at full size, of the best score first; on a CPU, one.
 
         Without those that are not stable there, empty, or at an inner edge, and those that the boxes (K, 4) of masks
         found before, or better ones among them, suppress.
@@ -266,31 +269,31 @@ class _Crop:
         rows = good.nonzero()[:, 0]
         if not len(rows):
             return []
-        full = full if len(rows) == len(full) else full[rows.to(full.device)]
-        stability = stability_scores(full, options.mask_threshold, options.stability_score_offset).cpu()
+        stability = stability_scores(full, options.mask_threshold, options.stability_score_offset).cpu()[rows]
         if options.stability_score_thresh > 0:
-            stable = stability > options.stability_score_thresh
-            rows, stability = rows[stable], stability[stable]
+            good = stability > options.stability_score_thresh
+            rows, stability = rows[good], stability[good]
         best = non_maximum_suppression(in_image[rows], candidates.scores[rows], options.nms_thresh)
         return [
             FoundMask(
                 box=in_image[row].tolist(),
                 area=int(outlines.areas[row]),
                 score=float(candidates.scores[row]),
-                stability=float(stable),
+                stability=float(stable_share),
                 point=self._image_point(int(candidates.points[row])),
                 crop_area=math.prod(self.size),
                 **self._pixels(outlines, int(row)),
             )
-            for row, stable in zip(rows[best], stability[best])
+            for row, stable_share in zip(rows[best], stability[best])
         ]
 
     def _pixels(self, outlines: "_Outlines", row: int) -> dict[str, np.ndarray]:
         """What a `FoundMask` keeps of a mask: where its outline is known, runs, unless it is to be cleaned."""
         if outlines.changes is None or self.options.max_hole_area or self.options.max_sprinkle_area:
             return {"window": outlines.window(row)}
-        changes = outlines.changes[outlines.changes[:, 0] == row]
-        return {"runs": changes_to_runs(changes[:, 1], changes[:, 2], self.box[:2], self.image_size)}
+        start, end = np.searchsorted(outlines.changes[:, 0], (row, row + 1))
+        _, columns, rows = outlines.changes[start:end].T
+        return {"runs": changes_to_runs(columns, rows, self.box[:2], self.image_size)}
 
     def _image_point(self, index: int) -> list[float]:
         """A point of the grid in pixels of the image."""

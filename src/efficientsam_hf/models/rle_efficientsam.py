@@ -101,7 +101,10 @@ def window_to_runs(window: np.ndarray, corner: tuple[int, int], size: tuple[int,
 def changes_to_runs(
     columns: np.ndarray, rows: np.ndarray, corner: tuple[int, int], size: tuple[int, int]
 ) -> np.ndarray:
-    """The same from where its columns change, (R), (R) in order: first pixels and ends of what belongs to the mask."""
+    """Runs as of `window_to_runs` from where columns of a window begin and end to be mask, (N), (N) -> (R, 2).
+
+    In order, a beginning and an end by turns, as `column_changes` gives them for a mask.
+    """
     changes = (columns + corner[0]) * size[0] + rows + corner[1]
     # A run that reaches the foot of a column may go on at the head of the next one.
     joined = np.flatnonzero(changes[1:-1:2] == changes[2::2]) * 2 + 1

@@ -67,6 +67,7 @@ def orthogonalize(
     """
     a, b, c = coefficients
     wide = (matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT).float()
+    # Of Tensor.norm torch warns on Apple's GPUs.
     wide = (wide / torch.linalg.vector_norm(wide, dim=(1, 2), keepdim=True).clamp(min=eps)).to(dtype)
     for _ in range(steps):
         gram = wide @ wide.mT
