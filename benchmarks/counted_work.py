@@ -10,8 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from efficientsam_hf.machine import SLOW, relative_seconds
-
 
 # torch knows the operations of fused attention on GPUs alone.
 OPERATIONS = flop_registry | {
@@ -115,11 +113,6 @@ def synchronize(device: str | torch.device) -> None:
     """Wait until the device has done what it was given."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
-
-
-def is_emulated(dtype: str, device: str) -> bool:
-    """Whether a device has no instructions for products in the dtype, which then take many times as long."""
-    return relative_seconds(getattr(torch, dtype), device) >= SLOW
 
 
 def measure_rates(dtypes: list[str], device: str) -> Rates:

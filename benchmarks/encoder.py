@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from counted_work import Work, counting, is_emulated, synchronize
+from counted_work import Work, counting, synchronize
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamVisionConfig, EfficientSamVisionModel
 from efficientsam_hf.files import write_json
-from efficientsam_hf.machine import describe_machine
+from efficientsam_hf.machine import describe_machine, is_emulated
 
 
 BASELINE = "eager float32"
@@ -57,7 +57,7 @@ def build_variants(args: argparse.Namespace) -> dict[str, Callable[[], torch.Ten
     shape = (args.batch_size, 3, args.image_size, args.image_size)
     pixels = torch.randn(shape, generator=generator).to(args.device)
     kinds = {BASELINE: ("eager", torch.float32), "sdpa float32": ("sdpa", torch.float32)}
-    if is_emulated("bfloat16", args.device):
+    if is_emulated(torch.bfloat16, args.device):
         print(f"bfloat16 is not run: {args.device} emulates it")
     else:
         kinds["sdpa bfloat16"] = ("sdpa", torch.bfloat16)

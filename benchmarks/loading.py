@@ -16,11 +16,11 @@ import time
 from pathlib import Path
 
 import torch
-from counted_work import is_emulated
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel
 from efficientsam_hf.data.sa1b import Sa1bFolder, read_row, stream_tars
 from efficientsam_hf.data.tars import find_tars
+from efficientsam_hf.machine import is_emulated
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 from efficientsam_hf.training.attention import use_matrix_products
 from efficientsam_hf.training.finetune_arguments import FinetuneArguments
@@ -80,7 +80,7 @@ def seconds_per_step(batches: SampleBatches, args: argparse.Namespace) -> float:
     arguments = FinetuneArguments(output_dir="unused", max_steps=1, train_scenes=True)
     (optimizer,) = make_optimizers(module, arguments, fused=True)
     source = batches(0, Stage(0.0, args.image_size, args.batch_size))
-    times, emulated = [], is_emulated("bfloat16", args.device)
+    times, emulated = [], is_emulated(torch.bfloat16, args.device)
     for _ in range(args.steps + 1):
         batch = {name: value.to(args.device) for name, value in next(source).items()}
         start = time.perf_counter()

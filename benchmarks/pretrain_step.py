@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from counted_work import is_emulated
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import SamVisionConfig, SamVisionModel
 
 from efficientsam_hf import SamiConfig, SamiForPreTraining
 from efficientsam_hf.data.teacher import Teacher
+from efficientsam_hf.machine import is_emulated
 from efficientsam_hf.training.attention import use_matrix_products
 from efficientsam_hf.training.pretraining import MaskedPretraining
 
@@ -46,7 +46,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--float32", action="store_true", help="no bfloat16, for the teacher neither")
     parser.add_argument("--compile", action="store_true")
     args = parser.parse_args()
-    if not args.float32 and is_emulated("bfloat16", args.device):
+    if not args.float32 and is_emulated(torch.bfloat16, args.device):
         parser.error(f"{args.device} emulates bfloat16, which takes many times as long: give --float32")
     return args
 

@@ -34,7 +34,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from counted_work import Rates, Work, counting, is_emulated, measure_rates, synchronize
+from counted_work import Rates, Work, counting, measure_rates, synchronize
 from PIL import Image
 from torch import nn
 from transformers import MaskGenerationPipeline, SamConfig, SamModel
@@ -48,7 +48,7 @@ from efficientsam_hf import (
     default_checkpoint,
 )
 from efficientsam_hf.files import write_json
-from efficientsam_hf.machine import describe_machine
+from efficientsam_hf.machine import describe_machine, is_emulated
 from efficientsam_hf.models.fast_decoding_efficientsam import EfficientSamFastDecoder
 
 
@@ -111,7 +111,7 @@ def parse_arguments() -> argparse.Namespace:
         if min(values) < 1:
             parser.error(f"--{name} must be at least 1, got {min(values)}")
     if args.dtypes is None:
-        emulated = is_emulated("bfloat16", args.device)
+        emulated = is_emulated(torch.bfloat16, args.device)
         args.dtypes = ["float32"] if emulated else ["float32", "bfloat16"]
         if emulated and not args.peak_of:
             print(f"bfloat16 is not run: {args.device} emulates it")

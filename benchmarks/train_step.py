@@ -15,9 +15,10 @@ import statistics
 import time
 
 import torch
-from counted_work import Apart, Work, counting, is_emulated, measure_rates, synchronize
+from counted_work import Apart, Work, counting, measure_rates, synchronize
 
 from efficientsam_hf import EfficientSamConfig, EfficientSamModel
+from efficientsam_hf.machine import is_emulated
 from efficientsam_hf.training.attention import use_matrix_products
 from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.optimizers import make_optimizers
@@ -48,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.steps < 1:
         parser.error(f"--steps must be at least 1, got {args.steps}")
-    if not args.float32 and is_emulated("bfloat16", args.device):
+    if not args.float32 and is_emulated(torch.bfloat16, args.device):
         parser.error(f"{args.device} emulates bfloat16, which takes many times as long: give --float32")
     return args
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hub_server import HubServer
     from huggingface_hub import HfApi
 
+    from efficientsam_hf import EfficientSamModel, EfficientSamProcessor
+
 
 # No test may reach for the Hub; set before huggingface_hub is imported, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -57,6 +59,32 @@ def photo() -> Image.Image:
     skimage_data = pytest.importorskip("skimage.data")
     with Image.open(Path(skimage_data.data_dir) / "chelsea.png") as image:
         return image.convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def picture(photo: Image.Image) -> Image.Image:
+    """The photo at 230 x 150 pixels."""
+    return photo.resize((230, 150))
+
+
+@pytest.fixture(scope="session")
+def model() -> "EfficientSamModel":
+    """The shipped model, for all tests: one that changes or moves it takes a copy."""
+    from efficientsam_hf import EfficientSamModel, default_checkpoint
+
+    return EfficientSamModel.from_pretrained(default_checkpoint()).eval()
+
+
+@pytest.fixture(scope="session")
+def processor() -> "EfficientSamProcessor":
+    """Of the shipped model, for small pictures and without its options of segment-everything."""
+    from efficientsam_hf import EfficientSamImageProcessor, EfficientSamProcessor, default_checkpoint
+
+    processor = EfficientSamProcessor.from_pretrained(default_checkpoint())
+    processor.image_processor = EfficientSamImageProcessor.from_pretrained(
+        default_checkpoint(), size=256, mask_generation=None
+    )
+    return processor
 
 
 @pytest.fixture

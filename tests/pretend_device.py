@@ -167,8 +167,10 @@ class PretendDevice(TorchDispatchMode):
         """The tensor for the program: the one that was changed in place, or a new one."""
         if not isinstance(value, torch.Tensor):
             return value
-        changed = (tensor for tensor in tensors if isinstance(tensor, FarTensor) and tensor.near is value)
-        return next(changed, None) if any(_near(t) is value for t in tensors) else FarTensor(value, self)
+        for tensor in tensors:
+            if isinstance(tensor, FarTensor) and tensor.near is value:
+                return tensor
+        return FarTensor(value, self)
 
 
 class _Moved(torch.autograd.Function):
@@ -255,9 +257,9 @@ def pretended_device(monkeypatch: pytest.MonkeyPatch, name: str = "cuda:0") -> I
         patch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
         patch.setattr(torch.cuda, "get_rng_state", lambda device: torch.zeros(1, dtype=torch.uint8))
         patch.setattr(torch.cuda, "set_rng_state", lambda state, device: None)
-        for name in ("tensor", "as_tensor"):
-            patch.setattr(torch, name, _made_near(getattr(torch, name)))
+        for make in ("tensor", "as_tensor"):
+            patch.setattr(torch, make, _made_near(getattr(torch, make)))
         patch.setattr(torch, "Generator", FarGenerator)
-        for name in ("rand", "randn", "randint", "randperm"):
-            patch.setattr(torch, name, _checking_generators(getattr(torch, name)))
+        for draw in ("rand", "randn", "randint", "randperm"):
+            patch.setattr(torch, draw, _checking_generators(getattr(torch, draw)))
         yield device

@@ -10,22 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_sami
+import test_segmentation_training
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from PIL import Image
 from pretend_device import PretendDevice, pretended_device
 from safetensors.torch import load_file
 
 from efficientsam_hf import (
-    EfficientSamConfig,
-    EfficientSamImageProcessor,
     EfficientSamMaskGenerator,
-    EfficientSamModel,
     EfficientSamPredictor,
-    EfficientSamProcessor,
-    SamiConfig,
-    SamiForPreTraining,
-    default_checkpoint,
 )
 from efficientsam_hf.cli import main
 from efficientsam_hf.data.scene_bank import SceneBank
@@ -41,25 +35,6 @@ from efficientsam_hf.training.segmentation import InteractiveSegmentation, Promp
 
 
 LOW = {"pred_iou_thresh": 0.2, "stability_score_thresh": 0.5, "points_per_crop": 6}
-
-
-@pytest.fixture(scope="module")
-def model() -> EfficientSamModel:
-    """The shipped model, on the CPU: a test that moves it moves a copy."""
-    return EfficientSamModel.from_pretrained(default_checkpoint()).eval()
-
-
-@pytest.fixture(scope="module")
-def processor() -> EfficientSamProcessor:
-    """Of the shipped model, for small pictures."""
-    processor = EfficientSamProcessor.from_pretrained(default_checkpoint())
-    processor.image_processor = EfficientSamImageProcessor(size=256)
-    return processor
-
-
-@pytest.fixture(scope="module")
-def picture(photo: Image.Image) -> Image.Image:
-    return photo.resize((230, 150))
 
 
 @pytest.fixture(scope="module")
@@ -203,49 +178,19 @@ def test_evaluation(gpu, model, processor, picture) -> None:
         assert result[name] == pytest.approx(expected[name], abs=1e-3)
 
 
-def tiny_segmentation() -> InteractiveSegmentation:
-    torch.manual_seed(0)
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_channels": 16}
-    config = EfficientSamConfig(
-        vision_config={**vision, "image_size": 64},
-        prompt_encoder_config={"hidden_size": 16, "mask_input_channels": 16, "dense_boxes": True},
-        mask_decoder_config={"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16},
-    )
-    return InteractiveSegmentation(EfficientSamModel(config), sampling=PromptSampling(rounds=2, mask_prompts=0.5))
+def finetuning() -> InteractiveSegmentation:
+    sampling = PromptSampling(rounds=2, mask_prompts=0.5)
+    return InteractiveSegmentation(test_segmentation_training.tiny_model(dense_boxes=True), sampling=sampling)
 
 
-def segmentation_batch() -> dict[str, torch.Tensor]:
-    masks = torch.zeros(2, 2, 64, 64, dtype=torch.bool)
-    masks[:, 0, 8:40, 4:30] = masks[:, 1, 2:20, 33:60] = True
-    return {
-        "pixel_values": torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
-        "masks": masks,
-        "object_mask": torch.tensor([[True, True], [True, False]]),
-        "seed": torch.tensor(3),
-    }
-
-
-def tiny_pretraining() -> MaskedPretraining:
-    torch.manual_seed(0)
-    vision = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 64}
-    decoder = {"decoder_depth": 1, "decoder_width": 24, "decoder_heads": 3, "target_width": 10}
-    config = SamiConfig(vision_config={**vision, "output_channels": 16}, **decoder)
-    return MaskedPretraining(SamiForPreTraining(config))
-
-
-def pretraining_batch() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {
-        "pixel_values": torch.randn(2, 3, 64, 64, generator=generator),
-        "target_features": torch.randn(2, 16, 10, generator=generator),
-        "noise": torch.rand(2, 16, generator=generator),
-    }
+def pretraining() -> MaskedPretraining:
+    return MaskedPretraining(test_sami.tiny_model())
 
 
 @pytest.mark.parametrize("gpu", ["cuda:0", "mps:0"], indirect=True)
 @pytest.mark.parametrize(
     ("build", "batch"),
-    [(tiny_segmentation, segmentation_batch()), (tiny_pretraining, pretraining_batch())],
+    [(finetuning, test_segmentation_training.example_batch()), (pretraining, test_sami.example())],
     ids=["finetuning", "pretraining"],
 )
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -266,7 +211,7 @@ def test_steps_of_training(gpu, build, batch, optimizer: str) -> None:
                 one.zero_grad()
             losses[-1].append(loss.item())
     assert np.isfinite(losses).all() and losses[1][0] != losses[1][1]
-    if gpu.device.type == "cuda" or build is tiny_pretraining:  # clicks are drawn from other numbers without float64
+    if gpu.device.type == "cuda" or build is pretraining:  # clicks are drawn from other numbers without float64
         assert losses[1] == pytest.approx(losses[0], abs=1e-4)
 
 

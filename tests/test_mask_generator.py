@@ -22,7 +22,6 @@ from efficientsam_hf import (
     EfficientSamMaskGenerationPipeline,
     EfficientSamMaskGenerator,
     EfficientSamModel,
-    EfficientSamProcessor,
     default_checkpoint,
 )
 from efficientsam_hf.models import mask_candidates_efficientsam as candidates
@@ -37,28 +36,8 @@ LOW = {"pred_iou_thresh": 0.3, "stability_score_thresh": 0.6, "points_per_crop":
 
 
 @pytest.fixture(scope="module")
-def model() -> EfficientSamModel:
-    return EfficientSamModel.from_pretrained(default_checkpoint()).eval()
-
-
-@pytest.fixture(scope="module")
-def processor() -> EfficientSamProcessor:
-    """Of the shipped model, for small pictures."""
-    processor = EfficientSamProcessor.from_pretrained(default_checkpoint())
-    processor.image_processor = EfficientSamImageProcessor.from_pretrained(
-        default_checkpoint(), size=256, mask_generation=None
-    )
-    return processor
-
-
-@pytest.fixture(scope="module")
 def generator(model, processor) -> EfficientSamMaskGenerator:
     return EfficientSamMaskGenerator(model, processor, **LOW)
-
-
-@pytest.fixture(scope="module")
-def picture(photo: Image.Image) -> Image.Image:
-    return photo.resize((230, 150))
 
 
 def iou(first: np.ndarray, second: np.ndarray) -> float:

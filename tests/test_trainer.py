@@ -118,7 +118,8 @@ def any_precision():
 
 def bfloat16_takes(seconds: float, monkeypatch) -> None:
     """As a multiple of float32."""
-    monkeypatch.setattr("efficientsam_hf.training.precision.relative_seconds", lambda *_: seconds)
+    for module in ("machine", "training.precision"):
+        monkeypatch.setattr(f"efficientsam_hf.{module}.relative_seconds", lambda *_: seconds)
 
 
 @pytest.mark.parametrize(("seconds", "precision"), [(0.4, "bf16"), (1.5, "no")])

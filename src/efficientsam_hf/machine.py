@@ -57,6 +57,11 @@ def relative_seconds(dtype: torch.dtype, device: str) -> float:
         torch.set_num_threads(threads)
 
 
+def is_emulated(dtype: torch.dtype, device: str) -> bool:
+    """Whether a device has no instructions for products of matrices in the dtype, and takes many times as long."""
+    return relative_seconds(dtype, device) > SLOW
+
+
 def _product_seconds(dtype: torch.dtype, device: str, side: int = 256) -> float:
     """Shortest of a few products of square matrices."""
     matrix = torch.ones(side, side, dtype=dtype, device=device)

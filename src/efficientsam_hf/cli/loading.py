@@ -103,9 +103,9 @@ def warn_if_emulated(option: str, dtype: str, device: Any) -> None:
     """A line on stderr where the device has no instructions for products of matrices in the dtype."""
     import torch
 
-    from ..machine import SLOW, relative_seconds
+    from ..machine import is_emulated
 
-    if relative_seconds(getattr(torch, dtype), str(device)) > SLOW:
+    if is_emulated(getattr(torch, dtype), str(device)):
         slow = f"{device} emulates it, which is many times as slow as float32"
         print(f"efficientsam: warning: {option} {dtype}: {slow}", file=sys.stderr)
 

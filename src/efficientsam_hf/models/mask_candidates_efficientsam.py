@@ -85,6 +85,7 @@ class HeldMasks:
         """Take logits (M, h, w): -> (M) places for `get`, -1 for none."""
         room = max(0, HELD_CELLS_ELSEWHERE // max(1, masks[:1].numel()) - len(self.masks))
         start, count = len(self.masks), min(room, len(masks))
+        # A view of some would keep the memory of all.
         self.masks += masks[:count].clone().unbind() if count < len(masks) else masks.unbind()
         places = torch.arange(start, start + len(masks))
         return places.where(places < start + count, -1)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ..machine import SLOW, relative_seconds
+from ..machine import is_emulated, relative_seconds
 from .arguments import TrainerArguments
 from .process_state import process_state
 from .run_folder import recorded_arguments
@@ -29,7 +29,7 @@ def settle_precision(arguments: TrainerArguments) -> TrainerArguments:
         precision = _found(arguments, state.device) if state.is_main_process else None
         if state.num_processes > 1:
             precision = broadcast_object_list([precision])[0]
-    if precision == "bf16" and state.is_main_process and relative_seconds(torch.bfloat16, str(state.device)) > SLOW:
+    if precision == "bf16" and state.is_main_process and is_emulated(torch.bfloat16, str(state.device)):
         logger.warning("mixed_precision bf16: %s emulates it, which is many times as slow as float32", state.device)
     return dataclasses.replace(arguments, mixed_precision=precision)
 
