@@ -32,7 +32,7 @@ def main(photo: str, click: tuple[float, float], background: tuple[float, float]
     )
 
     for name, logits in (("one click", first.pred_masks[:, :, best : best + 1]), ("corrected", corrected.pred_masks)):
-        (masks,) = processor.post_process_masks(logits, inputs["original_sizes"])
+        (masks,) = processor.post_process_masks(logits, inputs["original_sizes"], prompts=inputs)
         print(f"{name}: {masks.float().mean():.1%} of the photo")
 
 

@@ -19,7 +19,7 @@ def main(photo: str, x: float, y: float, output: str) -> None:
         outputs = model(**inputs)
 
     # One click is ambiguous, so the model answers with three masks and the IoU it expects of each.
-    (masks,) = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"])
+    (masks,) = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], prompts=inputs)
     best = int(outputs.iou_scores[0, 0].argmax())
     Image.fromarray(masks[0, best].numpy()).save(output)
     print(f"{output}: predicted IoU {outputs.iou_scores[0, 0, best]:.2f}")

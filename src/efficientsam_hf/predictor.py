@@ -114,7 +114,9 @@ class EfficientSamPredictor:
             **{name: value.to(self.model.device) for name, value in inputs.items()},
         )
         low = outputs.pred_masks.float()
-        masks = self.processor.post_process_masks(low, [self.original_size], binarize=not return_logits)[0][0]
+        masks = self.processor.post_process_masks(
+            low, [self.original_size], binarize=not return_logits, prompts=inputs
+        )[0][0]
         return masks.cpu().numpy(), outputs.iou_scores[0, 0].float().cpu().numpy(), low[0, 0].cpu().numpy()
 
     @torch.no_grad()
@@ -155,7 +157,10 @@ class EfficientSamPredictor:
             low, scores = decoded[0][0], decoded[1][0]
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         low, scores = low[:, chosen].float(), scores[:, chosen].float()
-        masks = self.processor.post_process_masks([low], [self.original_size], binarize=not return_logits)[0]
+        given = {name: value[None] for name, value in prompts.items()}
+        masks = self.processor.post_process_masks(
+            [low], [self.original_size], binarize=not return_logits, prompts=given
+        )[0]
         return masks, scores, low
 
     def _prompts_of_input(self, point_coords, point_labels, boxes, mask_input) -> dict[str, torch.Tensor]:

@@ -15,7 +15,15 @@ from typing import Any
 
 from ..files import check_writable, write_json, write_png
 from .everything import add_generator_options, generator_options
-from .loading import add_model_options, check_name, joined_processes, load_model, model_name
+from .loading import (
+    add_cleaning_options,
+    add_model_options,
+    check_cleaning,
+    check_name,
+    joined_processes,
+    load_model,
+    model_name,
+)
 
 
 DESCRIPTION = """\
@@ -92,6 +100,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
         "--output", metavar="metrics.json", help="write the numbers, command, machine and versions here"
     )
     add_model_options(parser)
+    add_cleaning_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -294,6 +303,8 @@ def _protocol(args: argparse.Namespace) -> dict[str, Any]:
     from ..identity import file_revision
 
     common = {"limit": args.limit, "resolution": "that of the picture", "masks_per_prompt": 3}
+    if cleaning := check_cleaning(args):
+        common |= {"mask_cleaning": cleaning}
     if args.scenes:
         common |= {"scenes": args.scenes, "scene_size": args.scene_size}
     else:

@@ -26,6 +26,7 @@ OPTIONS = {
     "stability_score_thresh": (float, "least stability of a mask"),
     "crops_n_layers": (int, "layers of crops beside the whole picture, 4**i in layer i"),
     "crops_nms_thresh": (float, "box IoU above which the better of two masks stays"),
+    "mask_nms_thresh": (float, "the same by the masks' own IoU"),
     "max_hole_area": (int, "fill holes of up to so many pixels"),
     "max_sprinkle_area": (int, "remove specks of up to so many pixels"),
 }

@@ -13,7 +13,9 @@ from .running import (
     dataset_source,
     log_skipped,
     make_trainable,
+    mixture_batches,
     picture_batches,
+    render_device,
     run_training,
     scene_batches,
     trainer_class,
@@ -75,11 +77,15 @@ def finetune(arguments: Any) -> dict[str, Any]:
         arguments.loss_weights(),
         arguments.box_loss_weights(),
         whole_size=arguments.stages()[-1].image_size if arguments.crops else None,
+        sources=[source.name for source in arguments.mixture()],
     )
     module.freeze(arguments.parts("freeze"))
     if arguments.lora_rank:
         module.add_adapters(arguments.parts("lora_parts"), arguments.lora_rank, arguments.lora_alpha)
-    batches = _annotated_batches(arguments, processor, **annotated) if annotated else _scene_batches(arguments)
+    if arguments.train_mix:
+        batches = _mixed_batches(arguments, processor, **annotated)
+    else:
+        batches = _annotated_batches(arguments, processor, **annotated) if annotated else _scene_batches(arguments)
     _check_best_metric(arguments, [*evaluation_sets, *(["scenes"] if arguments.evaluate_scenes else [])])
     trainer = Trainer(module, batches, arguments)
     if annotated:
@@ -150,9 +156,14 @@ def _scene_batches(arguments: Any) -> Any:
 
 
 def _training_data(arguments: Any) -> dict[str, Any]:
-    """{"samples"} of annotated pictures, {"stream", "read"} of those that come one after the other, {} for scenes."""
+    """{"samples"} of annotated pictures, {"stream", "read"} of those that come one after the other, {} for scenes.
+
+    {"opened"} of a mixture, what each of its sources opens.
+    """
     from ..data import coco, sa1b, tars
 
+    if arguments.train_mix:
+        return {"opened": [source.open(arguments.seed) for source in arguments.mixture()]}
     if arguments.train_annotations:
         return {"samples": coco.CocoSamples(arguments.train_annotations, arguments.train_images)}
     if arguments.train_sa1b:
@@ -181,6 +192,30 @@ def _annotated_batches(arguments: Any, processor: Any, **source: Any) -> Any:
         scale_of=arguments.stages()[-1].image_size if arguments.crops else None,
     )
     return picture_batches(arguments, preparation, **source)
+
+
+def _mixed_batches(arguments: Any, processor: Any, opened: list[Any]) -> Any:
+    """Batches of all sources of a mixture, given what each of them opened."""
+    from ..data.scene_bank import SceneBank
+    from ..training.mask_preparation import MaskPreparation
+    from ..training.mixture_batches import PastedSource, SceneSource, StoredSource
+
+    sources, device = [], render_device(arguments)
+    for source, samples in zip(arguments.mixture(), opened, strict=True):
+        areas = dict(zip(("min_area", "max_area"), arguments.object_areas(source), strict=True))
+        objects = arguments.objects_per_image
+        if source.scenes:
+            rows = SceneSource(SceneBank.build(seed=0, device=device), objects, **areas)
+        else:
+            kind = PastedSource if source.endless else StoredSource
+            rows = kind(
+                samples,
+                MaskPreparation(
+                    processor.image_processor, objects, **areas, augmentation=arguments.augmentation(source)
+                ),
+            )
+        sources.append((source.name, source.weight, rows))
+    return mixture_batches(arguments, sources, device)
 
 
 def _scene_samples(arguments: Any) -> list[dict[str, Any]]:

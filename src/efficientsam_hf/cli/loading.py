@@ -21,11 +21,35 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as in the model's config)")
 
 
+def add_cleaning_options(parser: argparse.ArgumentParser) -> None:
+    """Add what makes masks whole; what is left out is as the checkpoint says."""
+    group = parser.add_argument_group("whole masks", "what the checkpoint's mask_cleaning says, unless given here")
+    group.add_argument(
+        "--largest-part",
+        action=argparse.BooleanOptionalAction,
+        help="keep only the connected part that was clicked, or the largest",
+    )
+    group.add_argument(
+        "--fill-holes", type=float, metavar="SHARE", help="fill holes of up to this fraction of the mask; 0 for none"
+    )
+    group.add_argument("--within-box", action=argparse.BooleanOptionalAction, help="cut masks at their box")
+
+
+def check_cleaning(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_cleaning_options` was given, by the names of `MaskCleaning`; ValueError for a wrong value."""
+    from ..models.mask_cleaning_efficientsam import MaskCleaning
+
+    values = {name: getattr(args, name, None) for name in ("largest_part", "fill_holes", "within_box")}
+    given = {name: value for name, value in values.items() if value is not None}
+    MaskCleaning().with_changes(given)
+    return given
+
+
 def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
     """Model in evaluation mode on its device, and processor; `ValueError` or `OSError` that names what is wrong.
 
     `name` is a folder or a Hub name, None or `default` the checkpoint that ships; `args` has what `add_model_options`
-    added.
+    and `add_cleaning_options` added.
     """
     import torch
     from huggingface_hub.errors import StrictDataclassError
@@ -50,7 +74,18 @@ def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
     finally:
         if bars:
             logging.enable_progress_bar()
+    _set_cleaning(processor, check_cleaning(args), name)
     return model.to(device).eval(), processor
+
+
+def _set_cleaning(processor: Any, cleaning: dict[str, Any], name: str) -> None:
+    """Let the processor clean masks in this way; ValueError for one that cannot."""
+    if not cleaning:
+        return
+    if not hasattr(processor.image_processor, "mask_cleaning"):
+        flag = next(iter(cleaning)).replace("_", "-")
+        raise ValueError(f"--{flag} is for EfficientSAM models, {name} has a {type(processor).__name__}")
+    processor.image_processor.mask_cleaning |= cleaning
 
 
 def model_name(name: str) -> str:

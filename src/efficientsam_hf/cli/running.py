@@ -90,12 +90,24 @@ def picture_batches(
 def scene_batches(arguments: Any, **options: Any) -> Any:
     """This process's batches of generated scenes, rendered where it trains or by its workers."""
     from ..data.scene_bank import SceneBank
-    from ..training.process_state import process_state
     from ..training.scene_batches import SceneBatches
 
-    device = "cpu" if arguments.data_workers else process_state(arguments).device
-    bank = SceneBank.build(seed=0, device=device)
+    bank = SceneBank.build(seed=0, device=render_device(arguments))
     return SceneBatches(bank=bank, stages=arguments.stages(), **options, **_own_part(arguments))
+
+
+def mixture_batches(arguments: Any, sources: list[tuple[str, float, Any]], device: Any) -> Any:
+    """This process's batches of several sources, (name, weight, source) each."""
+    from ..training.mixture_batches import MixtureBatches
+
+    return MixtureBatches(sources, device=device, **_own_part(arguments))
+
+
+def render_device(arguments: Any) -> Any:
+    """Where scenes are rendered: by workers on the CPU, else where it trains."""
+    from ..training.process_state import process_state
+
+    return "cpu" if arguments.data_workers else process_state(arguments).device
 
 
 def _own_part(arguments: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ..files import check_writable, write_json, write_png
 from ..models.rle_efficientsam import encode_rle
 from ..visualization import draw_labels, draw_masks, draw_prompts, label_anchors, object_color
 from . import everything
-from .loading import add_model_options, load_model
+from .loading import add_cleaning_options, add_model_options, check_cleaning, load_model
 
 
 DESCRIPTION = """\
@@ -47,6 +47,7 @@ examples:
   efficientsam segment street.jpg --everything --points-per-crop 32 -o out
   efficientsam segment scan.tif --everything --tile 1024 -o out
   cat dog.jpg | efficientsam segment - --point 250,180 -o out"""
+PROMPTS = ("input_points", "input_labels", "input_boxes")
 MASK_PROMPT_LOGIT = 6.0  # about two standard deviations of the logits that the model itself answers with
 
 
@@ -98,11 +99,13 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     everything.add_options(parser)
     parser.add_argument("--model", metavar="M", help="folder or Hub name (default: the checkpoint that ships)")
     add_model_options(parser)
+    add_cleaning_options(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked, load the model, segment, write, print a table."""
+    check_cleaning(args)
     everything.check(args)
     if args.everything:
         with everything.large_pictures(args):
@@ -232,7 +235,9 @@ def segment(
     masks = []
     for index, order in enumerate(keep):  # one object at a time: full-size logits of all of them may not fit
         logits = outputs.pred_masks[0, index, order.to(model.device)][None].float().cpu()
-        full = processor.post_process_masks(logits[None], inputs["original_sizes"], inputs["reshaped_input_sizes"])
+        own = {name: value[:, index : index + 1] for name, value in inputs.items() if name in PROMPTS}
+        own["reshaped_input_sizes"] = inputs["reshaped_input_sizes"]
+        full = processor.post_process_masks(logits[None], inputs["original_sizes"], prompts=own)
         masks.append(full[0][0].numpy())
     return masks, scores.gather(1, keep).numpy()
 

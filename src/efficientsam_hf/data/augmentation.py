@@ -7,19 +7,22 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageStat
 
+from .light import change_light
+
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Mirroring left to right, and large-scale jitter (Ghiasi et al. 2021, Simple Copy-Paste).
+    """Mirroring left to right, large-scale jitter (Ghiasi et al. 2021, Simple Copy-Paste), and other light.
 
     `flip` is a probability. A scale is drawn from [`min_scale`, `max_scale`], log-uniformly: above 1 a random part of
     the picture that is smaller by the scale stays; below 1 the picture shrinks and lies at a random place on its mean
-    colour. Raises ValueError for values out of range.
+    colour. `light` is the strength of random changes of exposure, contrast, saturation and white balance. Raises ValueError for values out of range.
     """
 
     flip: float = 0.0
     min_scale: float = 1.0
     max_scale: float = 1.0
+    light: float = 0.0
 
     def __post_init__(self):
         if not 0 <= self.flip <= 1:
@@ -28,6 +31,8 @@ class Augmentation:
             raise ValueError(
                 f"min_scale and max_scale must be in order and from 0.05 to 20, got {self.min_scale}, {self.max_scale}"
             )
+        if not 0 <= self.light <= 5:
+            raise ValueError(f"light is a strength from 0 to 5, got {self.light}")
 
     def __call__(self, sample: dict[str, Any], generator: np.random.Generator, zoom: float = 1.0) -> dict[str, Any]:
         """{"image": RGB PIL image, "masks": (N, H, W) bool, ...} -> the same with both changed alike.
@@ -42,6 +47,8 @@ class Augmentation:
         factor = zoom * self.min_scale * (self.max_scale / self.min_scale) ** scale
         if factor != 1:
             image, masks = _view(image, np.asarray(masks), factor, x, y)
+        if self.light:
+            image = change_light(image, generator, self.light)
         return {**sample, "image": image, "masks": masks}
 
 

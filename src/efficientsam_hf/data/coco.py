@@ -52,6 +52,10 @@ class CocoSamples:
             "image_id": record["id"],
         }
 
+    def object_counts(self) -> list[int]:
+        """How many objects the annotations of each sample name, those too small to cover a pixel among them."""
+        return [len(self._segmentations[record["id"]]) for record in self._images]
+
     def open_picture(self, record: dict[str, Any]) -> Image.Image:
         """The picture of an entry of "images", RGB; `ValueError` if it has another size than the entry says."""
         path = self.image_folder / record["file_name"]

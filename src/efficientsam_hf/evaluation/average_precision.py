@@ -22,6 +22,8 @@ from .prompted_image import PromptedImage, compute_context, evaluating
 
 CHOICES = ("box_iou", "predicted_iou")
 NUMBERS = {"AP": 0, "AP50": 1, "AP75": 2, "APs": 3, "APm": 4, "APl": 5}
+RECALLS = {"AR1": 0, "AR10": 1, "AR100": 2, "AR": 3}  # by the masks of a picture that count, all of them at last
+ALL_MASKS = 100_000  # more than a picture ever has
 
 
 def average_precision(
@@ -84,8 +86,11 @@ def everything_average_precision(
     """Mask AP of segment-everything against all annotated objects, whatever their category.
 
     `options` are those of `EfficientSamMaskGenerator`; a mask's score is its predicted IoU. As everywhere in the COCO
-    API the 100 best masks of a picture count. What is not annotated counts as wrong, so numbers say something only
-    where every object is annotated. Returns {"everything": {"AP", ...}}; otherwise as `average_precision`.
+    API the 100 best masks of a picture count for AP. What is not annotated counts as wrong there, so AP says something
+    only where every object is annotated. Average recall, over the same IoU from 0.5 to 0.95, says which share of the
+    annotated objects is found: among the best mask of a picture, the 10 or 100 best, or all of them.
+    Returns {"everything": {"AP", ..., "AR1", "AR10", "AR100", "AR", "masks" (a picture)}}; otherwise as
+    `average_precision`.
     """
     from ..models.mask_generation_efficientsam import EfficientSamMaskGenerator
 
@@ -105,7 +110,7 @@ def everything_average_precision(
                 entry = {"image_id": record["id"], "category_id": 1, "score": score, "segmentation": rle}
                 results.append(("everything", entry))
     results = collect(results)
-    return collect([_measure_all(truth, results, ("everything",))] if is_main() else [])[0]
+    return collect([_measure_everything(truth, results)] if is_main() else [])[0]
 
 
 def read_detections(path: str | Path) -> list[dict[str, Any]]:
@@ -189,24 +194,43 @@ def _filled(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 
 def _measure_all(
-    truth: dict[str, Any], results: list[tuple[str, dict[str, Any]]], choices: Sequence[str] = CHOICES
+    truth: dict[str, Any],
+    results: list[tuple[str, dict[str, Any]]],
+    choices: Sequence[str] = CHOICES,
+    names: Sequence[str] = tuple(NUMBERS),
 ) -> dict[str, dict[str, float]]:
+    """The numbers of these names for the results of each choice."""
     from pycocotools.coco import COCO
 
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         coco = COCO()
         coco.dataset = truth
         coco.createIndex()
-        return {choice: _measure(coco, [entry for by, entry in results if by == choice]) for choice in choices}
+        measured = {choice: _measure(coco, [entry for by, entry in results if by == choice]) for choice in choices}
+    return {choice: {name: values[name] for name in names} for choice, values in measured.items()}
+
+
+def _measure_everything(
+    truth: dict[str, Any], results: list[tuple[str, dict[str, Any]]]
+) -> dict[str, dict[str, float]]:
+    """AP, average recall and the number of masks a picture."""
+    measured = _measure_all(truth, results, ("everything",), (*NUMBERS, *RECALLS))["everything"]
+    return {"everything": {**measured, "masks": len(results) / max(1, len(truth["images"]))}}
 
 
 def _measure(coco: Any, results: list[dict[str, Any]]) -> dict[str, float]:
     from pycocotools.cocoeval import COCOeval
 
     if not results:
-        return dict.fromkeys(NUMBERS, 0.0)
+        return dict.fromkeys((*NUMBERS, *RECALLS), 0.0)
     evaluator = COCOeval(coco, coco.loadRes(results), "segm")
+    evaluator.params.maxDets = [1, 10, 100, ALL_MASKS]
     evaluator.evaluate()
     evaluator.accumulate()
     evaluator.summarize()
-    return {name: float(evaluator.stats[index]) for name, index in NUMBERS.items()}
+    numbers = {name: float(evaluator.stats[index]) for name, index in NUMBERS.items()}
+    recall = evaluator.eval["recall"][:, :, 0]  # (IoU, category, masks that count); -1 where there is no object
+    for name, index in RECALLS.items():
+        known = recall[..., index][recall[..., index] > -1]
+        numbers[name] = float(known.mean()) if known.size else -1.0
+    return numbers

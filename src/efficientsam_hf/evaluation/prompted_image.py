@@ -63,8 +63,13 @@ class PromptedImage:
             outputs = self.model(image_embeddings=self.embeddings, multimask_output=True, **prompts)
         logits = outputs.pred_masks.float()
         sizes = [inputs[name] for name in SIZES if name in inputs]
-        masks = self.processor.post_process_masks(logits, *sizes)[0]
+        masks = self.processor.post_process_masks(logits, *sizes, **self._cleaning(prompts))[0]
         return masks.cpu(), outputs.iou_scores[0].float().cpu()
+
+    def _cleaning(self, prompts: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Prompts for a processor of ours, whose checkpoint may clean masks by them."""
+        ours = getattr(getattr(self.processor, "image_processor", None), "mask_cleaning", None)
+        return {"prompts": prompts} if ours else {}
 
 
 @contextmanager

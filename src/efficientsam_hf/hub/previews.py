@@ -30,7 +30,7 @@ def draw_scenes(model: EfficientSamModel, processor: EfficientSamProcessor, seed
         boxes = _boxes(masks[masks.any(-1).any(-1)].numpy())
         inputs = processor(images=image, input_boxes=[boxes.tolist()], return_tensors="pt")
         outputs = model(**inputs)
-        found = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"])[0]
+        found = processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], prompts=inputs)[0]
         best = found[torch.arange(len(found)), outputs.iou_scores[0].argmax(-1)]
         tiles.append(draw_boxes(draw_masks(image, best.numpy()), boxes))
     return contact_sheet(tiles, columns=SCENES)

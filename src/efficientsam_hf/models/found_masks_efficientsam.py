@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .mask_geometry_efficientsam import masks_to_boxes, non_maximum_suppression
-from .rle_efficientsam import window_to_runs
+from .rle_efficientsam import runs_iou, window_to_runs
 
 
 @dataclass
@@ -88,4 +88,24 @@ def suppress(masks: list[FoundMask], threshold: float, rank: Callable[[FoundMask
     return [ranked[index] for index in kept.tolist()]
 
 
-__all__ = ["FoundMask", "label_regions", "suppress", "without_small_regions"]
+def suppress_alike(masks: list[FoundMask], threshold: float, rank: Callable[[FoundMask], Any]) -> list[FoundMask]:
+    """Masks (with runs) without those whose IoU with one of a lower rank is above the threshold, pixel by pixel."""
+    kept: list[FoundMask] = []
+    for mask in sorted(masks, key=rank):
+        boxes = torch.tensor([other.box for other in kept]).reshape(-1, 4)
+        areas = torch.tensor([other.area for other in kept])
+        # No more than the boxes share, nor than the smaller mask, can be common to two masks.
+        most = torch.minimum(_shared_pixels(torch.tensor(mask.box), boxes), areas.clamp(max=mask.area))
+        near = (most > threshold * (mask.area + areas - most)).nonzero()[:, 0].tolist()
+        if not any(runs_iou(mask.runs, kept[index].runs) > threshold for index in near):
+            kept.append(mask)
+    return kept
+
+
+def _shared_pixels(box: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Pixels that boxes of first and last pixels share with one, (4), (K, 4) -> (K) int64."""
+    corner0, corner1 = torch.maximum(box[:2], boxes[:, :2]), torch.minimum(box[2:], boxes[:, 2:])
+    return (corner1 - corner0 + 1).clamp(min=0).prod(1)
+
+
+__all__ = ["FoundMask", "label_regions", "suppress", "suppress_alike", "without_small_regions"]

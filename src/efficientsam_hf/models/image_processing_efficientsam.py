@@ -4,6 +4,7 @@
 import io
 import math
 import os
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from .mask_cleaning_efficientsam import MaskCleaning, clean_logits, clean_masks
 from .mask_generation_efficientsam import download
 from .mask_generation_options_efficientsam import MaskGenerationOptions
 from .mask_geometry_efficientsam import (
@@ -100,6 +102,8 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         mask_generation (`dict`, *optional*):
             Options of segment-everything that suit the checkpoint, by the names of [`MaskGenerationOptions`]; an
             unknown one is a TypeError, a value that does not fit a ValueError.
+        mask_cleaning (`dict`, *optional*):
+            What `post_process_masks` does to make masks whole, by the names of [`MaskCleaning`]; nothing by default.
     """
 
     model_input_names = ["pixel_values", "original_sizes", "reshaped_input_sizes"]
@@ -114,6 +118,7 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
         mask_generation: dict[str, Any] | None = None,
+        mask_cleaning: dict[str, Any] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -124,6 +129,8 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         self.image_std = list(IMAGENET_DEFAULT_STD if image_std is None else image_std)
         self.mask_generation = dict(mask_generation or {})
         MaskGenerationOptions().with_changes(self.mask_generation)
+        self.mask_cleaning = dict(mask_cleaning or {})
+        MaskCleaning().with_changes(self.mask_cleaning)
 
     def preprocess(
         self,
@@ -181,8 +188,12 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         mask_threshold: float = 0.0,
         binarize: bool = True,
         object_mask: torch.Tensor | None = None,
+        prompts: Mapping[str, Any] | None = None,
+        **cleaning: Any,
     ) -> list[torch.Tensor]:
         """Bring low-resolution logits to the pixels of the original images.
+
+        Where the checkpoint's `mask_cleaning` says so, masks are made whole on the way: see [`MaskCleaning`].
 
         Args:
             masks: (B, Q, M, h, w) logits, or a list over images of (Q, M, h, w).
@@ -191,22 +202,67 @@ class EfficientSamImageProcessor(BaseImageProcessor):
             mask_threshold: logits of at least this much belong to the object.
             binarize: whether to cut at the threshold, or return the logits.
             object_mask: (B, Q) of the model's output; only objects with True are returned.
+            prompts: what the processor returned ("input_points", "input_labels", "input_boxes" in model pixels): by
+                these cleaning knows which part was clicked, and where the box is.
+            cleaning: options of [`MaskCleaning`] for this call, in the place of the checkpoint's.
 
         Returns:
             A list over images of (Q, M, H, W) bool, or float32 with `binarize=False`.
 
         Raises:
-            ValueError: if the numbers of images differ.
+            ValueError: if the numbers of images differ, or that of prompts and masks.
+            TypeError: for an unknown option.
         """
+        options = MaskCleaning().with_changes({**self.mask_cleaning, **cleaning})
         sizes = [tuple(int(value) for value in size) for size in _to_lists(original_sizes)]
         if len(sizes) != len(masks):
             raise ValueError(f"original_sizes is for {len(sizes)} images, but masks for {len(masks)}")
+        masks = [torch.as_tensor(image_masks) for image_masks in masks]
+        given = [
+            self._prompts_of(prompts or {}, index, image_masks, size)
+            for index, (image_masks, size) in enumerate(zip(masks, sizes, strict=True))
+        ]
         if object_mask is not None:
             masks = [image_masks[real] for image_masks, real in zip(masks, object_mask, strict=True)]
-        return [
-            _resize_logits(torch.as_tensor(image_masks), size, mask_threshold if binarize else None)
-            for image_masks, size in zip(masks, sizes, strict=True)
-        ]
+            given = [
+                {name: value[real.to(value.device)] for name, value in own.items()}
+                for own, real in zip(given, object_mask, strict=True)
+            ]
+        result = []
+        for image_masks, size, own in zip(masks, sizes, given, strict=True):
+            resized = _resize_logits(image_masks, size, mask_threshold if binarize else None)
+            if options and binarize:
+                resized = clean_masks(resized, options, **own)
+            elif options:
+                resized = clean_logits(resized, options, mask_threshold, **own)
+            result.append(resized)
+        return result
+
+    def _prompts_of(
+        self, prompts: Mapping[str, Any], index: int, masks: torch.Tensor, size: tuple[int, int]
+    ) -> dict[str, torch.Tensor]:
+        """Prompts of one image of `size` in its pixels: clicks (Q, P, 2), labels (Q, P), boxes (Q, 4)."""
+        found: dict[str, torch.Tensor] = {}
+        for name, key in (("input_points", "clicks"), ("input_labels", "labels"), ("input_boxes", "boxes")):
+            if prompts.get(name) is not None:
+                value = torch.as_tensor(prompts[name][index], device=masks.device)
+                if len(value) != len(masks):
+                    raise ValueError(
+                        f"{name} of image {index} is for {len(value)} objects, but masks for {len(masks)}"
+                    )
+                found[key] = value
+        height, width = self.size["height"], self.size["width"]
+        if prompts.get("reshaped_input_sizes") is not None:  # of the call that made them
+            height, width = _to_lists(prompts["reshaped_input_sizes"])[index]
+        scale = torch.tensor([size[1] / width, size[0] / height], device=masks.device)
+        if "clicks" in found:
+            # A click names a pixel, and scaling there and back must not bring it into the one before.
+            found["clicks"] = (found["clicks"].float() * scale * 64).round() / 64
+            found.setdefault("labels", torch.ones(found["clicks"].shape[:2], dtype=torch.long, device=masks.device))
+        if "boxes" in found:
+            boxes = found["boxes"].float()
+            found["boxes"] = torch.where((boxes == -1).all(-1, keepdim=True), boxes, boxes * scale.repeat(2))
+        return found
 
     @torch.no_grad()
     def resize_window(

@@ -27,8 +27,9 @@ import torch
 from transformers import MaskGenerationPipeline
 
 from .fast_decoding_efficientsam import EfficientSamFastDecoder
-from .found_masks_efficientsam import FoundMask, label_regions, suppress, without_small_regions
+from .found_masks_efficientsam import FoundMask, label_regions, suppress, suppress_alike, without_small_regions
 from .mask_candidates_efficientsam import Candidates, HeldMasks, HeldWindows, promising
+from .mask_cleaning_efficientsam import clean_logits
 from .mask_generation_options_efficientsam import MaskGenerationOptions
 from .mask_geometry_efficientsam import (
     box_iou,
@@ -80,7 +81,9 @@ class EfficientSamMaskGenerator:
         if not getattr(self.image_processor, "do_resize", True):
             raise ValueError("do_resize of the image processor must be True to lay out grids, got False")
         own = getattr(self.image_processor, "mask_generation", None) or {}
-        self.options = MaskGenerationOptions().with_changes({**own, **options})
+        whole = getattr(self.image_processor, "mask_cleaning", None) or {}
+        whole = {name: value for name, value in whole.items() if name != "within_box"}
+        self.options = MaskGenerationOptions().with_changes({**whole, **own, **options})
 
     @torch.no_grad()
     def __call__(self, images: Any, **options: Any) -> dict[str, Any] | list[dict[str, Any]]:
@@ -141,6 +144,8 @@ class EfficientSamMaskGenerator:
         if any(mask.changed for mask in found):
             threshold = max(options.nms_thresh, options.crops_nms_thresh)
             found = suppress(found, threshold, lambda mask: (mask.changed, -mask.score))
+        if options.mask_nms_thresh is not None:
+            found = suppress_alike(found, options.mask_nms_thresh, lambda mask: (mask.crop_area, -mask.score))
         return _result(found, image_size, options)
 
 
@@ -164,6 +169,7 @@ class _Crop:
         self.cells = (4 * embeddings.shape[2], 4 * embeddings.shape[3])
         self.cells_per_pixel = max(1.0, math.prod(self.cells) / math.prod(self.size))
         self.patch_size = generator.model.config.vision_config.patch_size
+        self.cleaning = options.cleaning
         self.on_cpu = embeddings.device.type == "cpu"
 
     def masks(self) -> list[FoundMask]:
@@ -211,11 +217,23 @@ class _Crop:
         for rows, tokens in zip(*(found.split(at_once) for found in (scores > threshold).nonzero().unbind(1))):
             logits = masks[rows, tokens]
             good, cores, windows = promising(logits, self.options, self.cells_per_pixel)
-            rows, tokens = rows[good], tokens[good]
-            places = held.add(logits[good], windows)
+            logits, rows, tokens = logits[good], rows[good], tokens[good]
+            if self.cleaning and len(rows):
+                logits = self._whole(logits, self.prompts[start + prompts[rows]])
+                good, cores, windows = promising(logits, self.options, self.cells_per_pixel)
+                logits, rows, tokens = logits[good], rows[good], tokens[good]
+            places = held.add(logits, windows)
             points = (start + prompts[rows]).cpu()
             parts.append(Candidates(scores[rows, tokens].cpu(), points, tokens.cpu(), cores, windows, places))
         return Candidates.joined(parts)
+
+    def _whole(self, logits: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+        """Logits (M, h, w) of masks made whole, given the points (M, 2) that they are of; in the logits' dtype."""
+        clicks = (points + 0.5)[:, None] * (4 / self.patch_size)
+        labels = torch.ones(len(points), 1, dtype=torch.long, device=points.device)
+        threshold = self.options.mask_threshold
+        cleaned = clean_logits(logits[:, None].float(), self.cleaning, threshold, clicks=clicks, labels=labels)
+        return cleaned[:, 0].to(logits.dtype)
 
     @staticmethod
     def _clicks(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,7 +247,9 @@ class _Crop:
         again: Iterator[torch.Tensor] = iter(())
         if len(missing):
             masks, _ = self.decoder(*self._clicks(self.prompts[candidates.points[missing]]))
-            again = iter(mask[1 + token] for mask, token in zip(masks, candidates.tokens[missing].tolist()))
+            tokens = candidates.tokens[missing].to(masks.device)
+            masks = masks[torch.arange(len(masks), device=masks.device), 1 + tokens]
+            again = iter(self._whole(masks, self.prompts[candidates.points[missing]]) if self.cleaning else masks)
         return [next(again) if place < 0 else held.get(place, window) for place, window in zip(places, windows)]
 
     def _box_limits(self, candidates: Candidates) -> tuple[torch.Tensor, torch.Tensor]:
@@ -261,6 +281,13 @@ class _Crop:
         """
         options = self.options
         full, corner = self._at_full_size(logits, candidates.windows)
+        if self.cleaning:
+            clicks = [self._crop_point(index) for index in candidates.points.tolist()]
+            clicks = torch.tensor(clicks, device=full.device)[:, None] - torch.tensor(corner, device=full.device)
+            labels = torch.ones(clicks.shape[:2], dtype=torch.long, device=full.device)
+            full = clean_logits(full[:, None], self.cleaning, options.mask_threshold, clicks=clicks, labels=labels)[
+                :, 0
+            ]
         outlines = _Outlines(full > options.mask_threshold)
         in_crop = outlines.boxes + torch.tensor(corner * 2)
         in_image = in_crop + torch.tensor(self.box[:2] * 2)
@@ -297,12 +324,16 @@ class _Crop:
 
     def _image_point(self, index: int) -> list[float]:
         """A point of the grid in pixels of the image."""
+        x, y = self._crop_point(index)
+        return [x + self.box[0], y + self.box[1]]
+
+    def _crop_point(self, index: int) -> list[float]:
+        """A point of the grid in pixels of the crop."""
         model_size = [side / 4 * self.patch_size for side in self.cells]
-        x, y = (
+        return [
             (value + 0.5) * own / side
             for value, own, side in zip(self.points[index].tolist(), self.size[::-1], model_size[::-1])
-        )
-        return [x + self.box[0], y + self.box[1]]
+        ]
 
     def _cleaned(self, mask: FoundMask) -> FoundMask:
         """The mask without small holes and specks, if they are to go."""

@@ -7,6 +7,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
+from .mask_cleaning_efficientsam import MaskCleaning
+
 
 OUTPUT_TYPES = ("bool", "rle", "coco_rle")
 SORTS = ("score", "area")
@@ -29,6 +31,10 @@ class MaskGenerationOptions:
         crops_nms_thresh: box IoU above which the better mask suppresses the other: those of smaller crops come first,
             then those of higher score.
         box_nms_thresh: the same within each crop, by score; crops_nms_thresh when left out.
+        mask_nms_thresh: IoU of masks above which the better one suppresses the other, whatever their boxes; None for
+            boxes alone, as the stock pipeline does it.
+        largest_part, fill_holes: as in [`MaskCleaning`], where the click of a mask is the point of the grid that gave
+            it; the generator takes them from the processor's `mask_cleaning` where they are left out.
         max_hole_area, max_sprinkle_area: holes and specks of up to so many pixels of the image are filled and removed
             (needs scipy); masks that change by that give way to those that do not, above the larger of the two
             thresholds.
@@ -48,6 +54,9 @@ class MaskGenerationOptions:
     crop_n_points_downscale_factor: float = 1
     crops_nms_thresh: float = 0.7
     box_nms_thresh: float | None = None
+    mask_nms_thresh: float | None = None
+    largest_part: bool | None = None
+    fill_holes: float | None = None
     max_hole_area: int | None = None
     max_sprinkle_area: int | None = None
     output_type: str = "bool"
@@ -59,8 +68,14 @@ class MaskGenerationOptions:
         self._check("points_per_crop", _is_whole, lambda value: value >= 1, "a whole number of at least 1")
         self._check("points_per_batch", _is_whole, lambda value: value >= 1, "a whole number of at least 1", none=True)
         self._check("crops_n_layers", _is_whole, lambda value: value >= 0, "a whole number of at least 0")
-        for name in ("pred_iou_thresh", "stability_score_thresh", "crops_nms_thresh", "box_nms_thresh"):
-            own = name == "box_nms_thresh"
+        for name in (
+            "pred_iou_thresh",
+            "stability_score_thresh",
+            "crops_nms_thresh",
+            "box_nms_thresh",
+            "mask_nms_thresh",
+        ):
+            own = name in ("box_nms_thresh", "mask_nms_thresh")
             self._check(name, _is_number, lambda value: 0 <= value <= 1, "a number from 0 to 1", none=own)
         self._check("crop_overlap_ratio", _is_number, lambda value: 0 <= value < 1, "a number from 0 to below 1")
         self._check("crop_n_points_downscale_factor", _is_number, lambda value: value >= 1, "a number of at least 1")
@@ -70,6 +85,7 @@ class MaskGenerationOptions:
             self._check(name, _is_number, lambda value: value >= 0, "at least 0", none=True)
         for name in ("output_rle_mask", "output_bboxes_mask"):
             self._check(name, lambda value: isinstance(value, bool), lambda value: True, "True or False")
+        self.cleaning  # noqa: B018 - checks its values
         self._check("output_type", _is_text, lambda value: value in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}")
         self._check("sort_by", _is_text, lambda value: value in SORTS, f"one of {', '.join(SORTS)}")
 
@@ -77,6 +93,12 @@ class MaskGenerationOptions:
         value = getattr(self, name)
         if not (none and value is None) and not (fits(value) and accepts(value)):
             raise ValueError(f"{name} must be {expected}, got {value!r}")
+
+    @property
+    def cleaning(self) -> MaskCleaning:
+        """What is done to each mask; nothing where nothing is said."""
+        values = {name: getattr(self, name) for name in ("largest_part", "fill_holes")}
+        return MaskCleaning().with_changes({name: value for name, value in values.items() if value is not None})
 
     @property
     def nms_thresh(self) -> float:

@@ -111,6 +111,22 @@ def changes_to_runs(
     return np.delete(changes, np.concatenate((joined, joined + 1))).reshape(-1, 2)
 
 
+def runs_iou(runs: np.ndarray, others: np.ndarray) -> float:
+    """IoU of two masks of one size given as runs, (R, 2) and (S, 2); 0 if both are empty."""
+    lengths = others[:, 1] - others[:, 0]
+    before = np.concatenate(([0], lengths.cumsum()))
+
+    def covered(places: np.ndarray) -> np.ndarray:
+        """Pixels of the other mask before each place."""
+        index = np.searchsorted(others[:, 0], places)
+        beyond = np.where(index > 0, others[index - 1, 1] - places, 0) if len(others) else 0
+        return before[index] - np.maximum(beyond, 0)
+
+    shared = int((covered(runs[:, 1]) - covered(runs[:, 0])).sum())
+    union = int((runs[:, 1] - runs[:, 0]).sum() + lengths.sum()) - shared
+    return shared / max(union, 1)
+
+
 def runs_to_counts(runs: np.ndarray, pixels: int) -> np.ndarray:
     """Runs (R, 2) of a mask of so many pixels as run lengths, background first: -> (C,) int64."""
     counts = np.diff(np.concatenate(([0], runs.reshape(-1), [pixels])))

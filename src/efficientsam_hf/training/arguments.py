@@ -218,6 +218,11 @@ def build_arguments(kind: type[Arguments], recipe: dict[str, Any], flags: dict[s
     unknown = sorted(set(recipe) - fields)
     if unknown:
         raise ValueError(f"recipe: unknown names {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
+    structured = {item.name for item in dataclasses.fields(kind) if item.metadata.get("mapping")}
+    recipe = {
+        name: yaml.safe_dump(value) if name in structured and isinstance(value, (list, dict)) else value
+        for name, value in recipe.items()
+    }
     values = {name: _typed(name, value, hints[name]) for name, value in (recipe | flags).items()}
     _check_batch_size(values, flags)
     return kind(**values)

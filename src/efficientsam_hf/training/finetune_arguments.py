@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.augmentation import Augmentation
+from ..data.mixture import MixtureSource, read_mixture, write_mixture
 from ..models.configuration_efficientsam import EfficientSamConfig
 from ..models.mask_generation_options_efficientsam import MaskGenerationOptions
 from .arguments import PictureArguments, option
@@ -12,7 +13,7 @@ from .config_overrides import read_mapping, read_overrides
 from .segmentation import PARTS, PromptSampling
 
 
-LOSS_WEIGHTS = ("focal_weight", "dice_weight", "iou_weight", "single_weight")
+LOSS_WEIGHTS = ("focal_weight", "dice_weight", "iou_weight", "single_weight", "ranking_weight")
 # What objects with a box may have of their own, in a field with the prefix box_.
 BY_PROMPT = ("focal_alpha", "relaxation")
 
@@ -40,7 +41,11 @@ class FinetuneArguments(PictureArguments):
     gradient_checkpointing: bool = option(
         False, "Compute activations again in the backward pass: less memory, a third more time."
     )
-    freeze: str = option("", "Parts that are not trained, separated by commas: encoder, prompt_encoder, mask_decoder.")
+    freeze: str = option(
+        "",
+        "Parts that are not trained, separated by commas: encoder, prompt_encoder, mask_decoder, or masks, which is all "
+        "of the decoder but the head that predicts the IoU.",
+    )
     lora_rank: int = option(0, "Rank of adapters that are trained instead of the weights of lora_parts; 0 for none.")
     lora_alpha: float = option(16.0, "Adapters are scaled by lora_alpha / lora_rank.")
     lora_parts: str = option("encoder,mask_decoder", "Parts that get adapters, as in freeze.")
@@ -51,11 +56,19 @@ class FinetuneArguments(PictureArguments):
         "Folder in the layout of SA-1B to train on: NAME.jpg beside NAME.json, loose, or in tars that are streamed "
         "(resume reads them again up to where it goes on).",
     )
+    train_mix: str | None = option(
+        None,
+        "Several sources with weights: a YAML file with a list of them, or such a list (docs/mixtures.md).",
+        mapping=True,
+    )
     masks_column: str = option(
         "masks", "Column of train_dataset with a label picture, a list of mask pictures, or a list of RLE masks."
     )
     min_scale: float = option(1.0, "Smallest scale of large-scale jitter of annotated pictures; below 1 they shrink.")
     max_scale: float = option(1.0, "Largest scale of large-scale jitter; above 1 a part of the picture is taken.")
+    light: float = option(
+        0.0, "Strength of random changes of exposure, contrast, saturation and white balance of annotated pictures."
+    )
     crops: bool = option(
         False,
         "In stages with images smaller than the last stage's, show parts of annotated pictures at the last stage's "
@@ -82,6 +95,9 @@ class FinetuneArguments(PictureArguments):
     box_focal_alpha: float | None = option(None, "focal_alpha for objects prompted with a box; default the same.")
     dice_weight: float = option(1.0, "Weight of the dice loss.")
     iou_weight: float = option(1.0, "Weight of the squared error of the predicted IoU.")
+    ranking_weight: float = option(
+        0.0, "Weight of the order of the three masks' predicted IoU, by which one of them is chosen."
+    )
     single_weight: float = option(1.0, "Weight of the single-mask token beside the best of three.")
     relaxation: float = option(
         0.0, "Share of the training of three masks that all get alike; the rest is the best one's alone (SAM: 0)."
@@ -118,11 +134,13 @@ class FinetuneArguments(PictureArguments):
         for one, other in (("train_annotations", "train_images"), ("eval_annotations", "eval_images")):
             if bool(getattr(self, one)) != bool(getattr(self, other)):
                 raise ValueError(f"{one} and {other} go together, got only one of them")
-        self.check_source("train_scenes", "train_annotations", "train_sa1b", "train_dataset")
+        self.check_source("train_scenes", "train_annotations", "train_sa1b", "train_dataset", "train_mix")
         for name in ("train_annotations", "train_images", "train_sa1b", "eval_annotations", "eval_images"):
             path = getattr(self, name)
             if path and not Path(path).exists():
                 raise ValueError(f"{name}: {path} does not exist")
+        if self.train_mix:
+            self._check_mixture()
         if self.train_scenes or self.evaluate_scenes:
             self.check_scene_sizes()
         augmentation = self.augmentation()
@@ -132,13 +150,25 @@ class FinetuneArguments(PictureArguments):
                 f"{self.crops} with scenes"
             )
 
+    def _check_mixture(self) -> None:
+        """Read the mixture once, and keep what it said: a run that goes on must not depend on a file that changed."""
+        if self.train_limit or self.crops:
+            raise ValueError(f"train_limit {self.train_limit} and crops {self.crops} are for one source, not train_mix")
+        sources = read_mixture(self.train_mix)
+        self.train_mix = write_mixture(sources)
+        if any(source.scenes for source in sources):
+            self.check_scene_sizes()
+        for source in sources:
+            self.augmentation(source)
+            self.object_areas(source)
+
     def _check_parts(self) -> None:
         for name in ("freeze", "lora_parts"):
             if set(self.parts(name)) - set(PARTS):
                 raise ValueError(f"{name} must name some of {', '.join(PARTS)}, got {getattr(self, name)!r}")
         self._check("lora_rank", lambda value: value >= 0, "at least 0")
         self._check("lora_alpha", lambda value: value > 0, "greater than 0")
-        if set(self.parts("freeze")) == set(PARTS):
+        if set(self.parts("freeze")) >= set(PARTS) - {"masks"}:
             raise ValueError(f"freeze leaves nothing to train, got {self.freeze!r}")
         both = sorted(set(self.parts("freeze")) & set(self.parts("lora_parts"))) if self.lora_rank else []
         if both:
@@ -148,9 +178,28 @@ class FinetuneArguments(PictureArguments):
         """The parts of the model that the field `freeze` or `lora_parts` names."""
         return [part.strip() for part in getattr(self, name).split(",") if part.strip()]
 
-    def augmentation(self) -> Augmentation:
-        """How annotated pictures are changed."""
-        return Augmentation(self.horizontal_flip, self.min_scale, self.max_scale)
+    def augmentation(self, source: MixtureSource | None = None) -> Augmentation:
+        """How annotated pictures are changed, those of a source of train_mix as it says."""
+        names = ("horizontal_flip", "min_scale", "max_scale", "light")
+        run = Augmentation() if source and source.endless else self
+        defaults = [getattr(run, name) for name in names] if run is self else [0.0, 1.0, 1.0, 0.0]
+        own = [getattr(source, name, None) for name in names]
+        return Augmentation(*(default if value is None else value for default, value in zip(defaults, own)))
+
+    def mixture(self) -> list[MixtureSource]:
+        """Sources of train_mix, none without it."""
+        return read_mixture(self.train_mix) if self.train_mix else []
+
+    def object_areas(self, source: MixtureSource) -> tuple[float, float]:
+        """Smallest and largest object of a source of train_mix that is trained, as fractions of the picture."""
+        low = self.min_object_area if source.min_object_area is None else source.min_object_area
+        high = self.max_object_area if source.max_object_area is None else source.max_object_area
+        if not 0 <= low < high <= 1:
+            raise ValueError(
+                f"source {source.name!r}: min_object_area and max_object_area must be fractions in order, got {low} "
+                f"and {high}"
+            )
+        return low, high
 
     def overrides(self) -> dict:
         """Changes to the model's config, part by part."""

@@ -67,6 +67,16 @@ def thresholded_iou(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return overlap / union.clamp(min=1)
 
 
+def ranking_loss(predicted: torch.Tensor, actual: torch.Tensor, temperature: float = 0.1) -> torch.Tensor:
+    """How far the order of predicted IoU is from that of actual IoU: (..., 3), (..., 3) -> (...).
+
+    The divergence of the shares that a softmax gives each mask by both (Cao et al. 2007, ListNet): 0 where they are
+    equal, and little where masks are equally good, whichever is chosen.
+    """
+    shares = F.softmax(actual / temperature, -1)
+    return F.kl_div(F.log_softmax(predicted / temperature, -1), shares, reduction="none").sum(-1)
+
+
 def segmentation_losses(
     logits: torch.Tensor,
     iou_predictions: torch.Tensor,
@@ -76,10 +86,11 @@ def segmentation_losses(
     dice_weight: float = 1.0,
     iou_weight: float = 1.0,
     single_weight: float = 1.0,
+    ranking_weight: float = 0.0,
     focal_alpha: float | torch.Tensor = 0.25,
     relaxation: float | torch.Tensor = 0.0,
 ) -> dict[str, torch.Tensor]:
-    """Loss and metrics of one prompt round, all scalars.
+    """Loss and metrics of one prompt round, all scalars but "iou" (B, Q), which `miou` is the mean of.
 
     `logits` (B, Q, 4, h, w), `iou_predictions` (B, Q, 4), `targets` (B, Q, h, w) in [0, 1], `object_mask` (B, Q) bool.
     Of mask tokens 1 to 3 only the one with the lowest loss is trained (SAM paper, section 3), so that they can settle
@@ -87,9 +98,10 @@ def segmentation_losses(
     `relaxation` is the share of that training which all three get alike (Rupprecht et al. 2017, relaxed winner takes
     all): with 0 a mask that never wins is good for nothing if it is chosen all the same, with 1 the three are copies.
     With `focal_alpha` below 0.5 a cell that is mask in every second case gets a negative logit (-0.41 for 0.25): masks
-    of uncertain objects come out too small. The scores of all four learn the actual IoU. `focal_alpha` and
-    `relaxation` may differ by object: (B, Q). Objects where `object_mask` is False weigh nothing; what remains is
-    averaged over the real objects. `miou` is that of the multimask token with the highest score, as it is used.
+    of uncertain objects come out too small. The scores of all four learn the actual IoU, and with `ranking_weight`
+    those of the three their order. `focal_alpha` and `relaxation` may differ by object: (B, Q). Objects where `object_mask` is False weigh
+    nothing; what remains is averaged over the real objects. `miou` is that of the multimask token with the highest
+    score, as it is used.
     """
     logits, iou_predictions = logits.float(), iou_predictions.float()
     expanded = targets[:, :, None]
@@ -102,7 +114,9 @@ def segmentation_losses(
     score = (iou_predictions - actual).square().mean(-1)
     best, mean = total.gather(-1, chosen)[..., 0], total[..., 1:].mean(-1)
     per_object = best + relaxation * (mean - best) + single_weight * total[..., 0] + iou_weight * score
-    scored = iou_predictions[..., 1:].argmax(-1, keepdim=True) + 1
+    if ranking_weight:
+        per_object = per_object + ranking_weight * ranking_loss(iou_predictions[..., 1:], actual[..., 1:])
+    scored = actual.gather(-1, iou_predictions[..., 1:].argmax(-1, keepdim=True) + 1)[..., 0]
 
     def average(values: torch.Tensor) -> torch.Tensor:
         return torch.where(object_mask, values, 0.0).sum() / object_mask.sum().clamp(min=1)
@@ -112,6 +126,7 @@ def segmentation_losses(
         "focal": average(focal.gather(-1, chosen)[..., 0].detach()),
         "dice": average(dice.gather(-1, chosen)[..., 0].detach()),
         "iou_error": average(score.detach()),
-        "miou": average(actual.gather(-1, scored)[..., 0]),
+        "miou": average(scored),
         "best_miou": average(actual[..., 1:].amax(-1)),
+        "iou": scored,
     }

@@ -15,6 +15,7 @@ from .losses import binary_targets
 
 
 DRAWS = 4  # of a random change before the picture stays as it is
+CANDIDATES = 4  # objects that are changed with the picture, as a multiple of those that a batch has room for
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,9 @@ class MaskPreparation:
 
         Raises ValueError if the masks do not fit their picture, or if it holds no object to train on.
         """
-        self._check(sample)
-        changed = self._changed(sample, size, generator)
+        usable = self._check(sample)
+        few = generator.permutation(usable)[: CANDIDATES * self.slots(size)]  # of hundreds, most would be for nothing
+        changed = self._changed({**sample, "masks": sample["masks"][np.sort(few)]}, size, generator)
         image, masks = changed["image"], changed["masks"]
         slots = self.slots(size)
         chosen = generator.permutation(self._usable(masks))[:slots]
@@ -77,18 +79,21 @@ class MaskPreparation:
             "object_mask": torch.zeros(self.slots(size), dtype=torch.bool),
         }
 
-    def _check(self, sample: dict[str, Any]) -> None:
+    def _check(self, sample: dict[str, Any]) -> np.ndarray:
+        """Indices of its objects of fitting size; ValueError if there is none or if masks do not fit the picture."""
         image, masks = sample["image"], sample["masks"]
         if masks.dtype != bool or masks.ndim != 3 or masks.shape[1:] != (image.height, image.width):
             raise ValueError(
                 f"masks must be bool of shape (N, {image.height}, {image.width}) like their picture, "
                 f"got {masks.dtype} of shape {masks.shape}"
             )
-        if not len(self._usable(masks)):
+        usable = self._usable(masks)
+        if not len(usable):
             name = f"picture {sample['image_id']}: " if "image_id" in sample else ""
             raise ValueError(
                 f"{name}none of {len(masks)} objects covers {self.min_area} to {self.max_area} of the picture"
             )
+        return usable
 
     def _usable(self, masks: np.ndarray | RleMasks) -> np.ndarray:
         """Indices of the objects of fitting size."""

@@ -2,6 +2,7 @@
 """The folder of a run: its arguments, its log, and a description of what it ran on."""
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -86,6 +87,11 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
+def _rounded(value: float) -> float | None:
+    """Six digits; None for a mean over nothing, which JSON has no number for."""
+    return None if math.isnan(value) else float(f"{value:.6g}")
+
+
 class RunLog:
     """Appends lines to log.jsonl, each a JSON object with the time it was written; does nothing where not `active`."""
 
@@ -96,7 +102,7 @@ class RunLog:
     def __call__(self, event: str, **values) -> None:
         if not self.active:
             return
-        rounded = {name: float(f"{v:.6g}") if isinstance(v, float) else v for name, v in values.items()}
+        rounded = {name: _rounded(v) if isinstance(v, float) else v for name, v in values.items()}
         line = json.dumps({"event": event, "time": round(time.time(), 3), **rounded}, default=str)
         with self.path.open("a+b") as file:
             if self._ends_torn(file):

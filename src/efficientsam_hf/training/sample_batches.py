@@ -19,6 +19,33 @@ Preparation = Callable[[dict[str, Any], int, np.random.Generator], dict[str, tor
 MOST_SKIPPED = 100  # unusable samples in a row after which there is no point in going on
 
 
+@dataclass(frozen=True)
+class SampleRows:
+    """Tensors of one picture after the other, of samples that can be read in any order."""
+
+    samples: Sequence[dict[str, Any]]
+    preparation: Preparation
+
+    def row(self, seed: int, position: int, size: int, skipped: list[tuple[int, str]]) -> dict[str, torch.Tensor]:
+        """Tensors of the sample at a place of the seed's order, which is another one in every epoch.
+
+        Samples after it in that order stand in for one that cannot be used; (index, reason) of such is appended to
+        `skipped`. Raises ValueError if none of the next 100 (or of all, if they are fewer) could be used.
+        """
+        count = len(self.samples)
+        epoch, place = divmod(position, count)
+        order, most = _order(count, seed, epoch), min(count, MOST_SKIPPED)
+        generator = np.random.default_rng((seed, position))
+        for index in (int(order[(place + step) % count]) for step in range(most)):
+            try:
+                return self.preparation(self.samples[index], size, generator)
+            except (ValueError, OSError) as error:
+                skipped.append((index, str(error)))
+        raise ValueError(
+            f"none of {most} training samples in a row could be used; sample {skipped[-1][0]}: {skipped[-1][1]}"
+        )
+
+
 @dataclass
 class SampleBatches:
     """Batches of pictures for one of `processes` processes; batch i depends on the fields and i alone.
@@ -55,29 +82,13 @@ class SampleBatches:
         seed = scene_seed(self.seed, round(stage.start * 1e6))  # a stage has an order and changes of its own
         first = (number * self.processes + self.rank) * stage.batch_size
         skipped: list[tuple[int, str]] = []
+        source = SampleRows(self.samples, self.preparation)
         rows = [
-            self._row(seed, position, stage.image_size, skipped) for position in range(first, first + stage.batch_size)
+            source.row(seed, position, stage.image_size, skipped)
+            for position in range(first, first + stage.batch_size)
         ]
         drawn = torch.tensor(scene_seed(seed, number * self.processes + self.rank))
         return {**stack_rows(rows), "seed": drawn, "skipped": skipped}
-
-    def _row(self, seed: int, position: int, size: int, skipped: list[tuple[int, str]]) -> dict[str, torch.Tensor]:
-        """Tensors of the sample at a place of the stage's order.
-
-        Samples after it in that order stand in for one that cannot be used.
-        """
-        count = len(self.samples)
-        epoch, place = divmod(position, count)
-        order, most = _order(count, seed, epoch), min(count, MOST_SKIPPED)
-        generator = np.random.default_rng((seed, position))
-        for index in (int(order[(place + step) % count]) for step in range(most)):
-            try:
-                return self.preparation(self.samples[index], size, generator)
-            except (ValueError, OSError) as error:
-                skipped.append((index, str(error)))
-        raise ValueError(
-            f"none of {most} training samples in a row could be used; sample {skipped[-1][0]}: {skipped[-1][1]}"
-        )
 
 
 def stack_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -85,7 +96,7 @@ def stack_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=16)  # sources of a mixture take turns
 def _order(count: int, seed: int, epoch: int) -> np.ndarray:
     """Order of the samples in an epoch, (count,) int64."""
     return np.random.default_rng((seed, epoch)).permutation(count)

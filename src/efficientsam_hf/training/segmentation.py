@@ -22,6 +22,16 @@ PARTS = {
     "encoder": ("vision_encoder", "neck"),
     "prompt_encoder": ("prompt_encoder",),
     "mask_decoder": ("mask_decoder",),
+    # All of the decoder but the head that predicts the IoU, which then learns to choose among masks that stay.
+    "masks": (
+        "mask_decoder.transformer",
+        "mask_decoder.iou_token",
+        "mask_decoder.mask_tokens",
+        "mask_decoder.upscale_conv1",
+        "mask_decoder.upscale_norm",
+        "mask_decoder.upscale_conv2",
+        "mask_decoder.output_hypernetworks_mlps",
+    ),
 }
 
 
@@ -65,7 +75,8 @@ class InteractiveSegmentation(nn.Module):
     says which object is meant and how large it is, so its three masks need not differ, and what is uncertain in it is
     more often object than what is uncertain around a click.
     With `whole_size`, a side in pixels, smaller images are parts of pictures that would be as large: those of a batch
-    lie together at a random place of it.
+    lie together at a random place of it. With `sources`, the names of the numbers in a batch's "source" (B), metrics
+    have the `miou` of each, NaN for one that a batch has no object of.
     """
 
     def __init__(
@@ -76,6 +87,7 @@ class InteractiveSegmentation(nn.Module):
         loss_weights: dict[str, float] | None = None,
         box_loss_weights: dict[str, float] | None = None,
         whole_size: int | None = None,
+        sources: Sequence[str] = (),
     ):
         super().__init__()
         self.model = model
@@ -84,6 +96,7 @@ class InteractiveSegmentation(nn.Module):
         self.loss_weights = dict(loss_weights or {})
         self.box_loss_weights = dict(box_loss_weights or {})
         self.window = PositionWindow(model, whole_size) if whole_size else None
+        self.sources = tuple(sources)
         self.compiled: dict[str, object] = {}
         self._no_split_modules = model._no_split_modules  # what FSDP's transformer policy wraps
         if model.config.prompt_encoder_config.mask_prompts and not (self._gives_masks() or self._fills_boxes()):
@@ -103,7 +116,7 @@ class InteractiveSegmentation(nn.Module):
     def freeze(self, parts: Sequence[str]) -> None:
         """Take parts of the model, names of `PARTS`, out of training."""
         for name in (submodule for part in parts for submodule in PARTS[part]):
-            getattr(self.model, name).requires_grad_(False)
+            self.model.get_submodule(name).requires_grad_(False)
 
     def add_adapters(self, parts: Sequence[str], rank: int, alpha: float) -> None:
         """Train parts of the model, names of `PARTS`, through low-rank adapters at their linear layers."""
@@ -168,10 +181,20 @@ class InteractiveSegmentation(nn.Module):
             losses = self._part("losses", segmentation_losses)(
                 logits, scores, targets, object_mask, **self._loss_weights(prompt["input_boxes"])
             )
+            ious = losses.pop("iou")
+            if number == 1:
+                metrics |= self._by_source(ious, object_mask, batch.get("source"))
             objects = object_mask.sum()
             total, weight = total + losses["loss"] * objects, weight + objects
             metrics |= {name if number == 1 else f"{name}_{number}": v.detach() for name, v in losses.items()}
         return metrics | {"loss": total / weight.clamp(min=1), "weight": weight}
+
+    def _by_source(self, ious: torch.Tensor, object_mask: torch.Tensor, source: torch.Tensor | None):
+        """Mean IoU of the objects of each source, () by name; ious and object_mask (B, Q), source (B)."""
+        if source is None:
+            return {}
+        mine = {name: object_mask & (source == index)[:, None] for index, name in enumerate(self.sources)}
+        return {f"miou/{name}": torch.where(real, ious, 0.0).sum() / real.sum() for name, real in mine.items()}
 
     def _loss_weights(self, boxes: torch.Tensor) -> dict[str, float | torch.Tensor]:
         """Arguments of the losses of objects with these boxes, (B, Q, 4) with -1 for none."""

@@ -49,7 +49,7 @@ Batch = dict[str, torch.Tensor]
 class Trainer:
     """Trains a module until its steps or its minutes are used up, and leaves RUN/model behind.
 
-    `module(batch)` returns {"loss": scalar, ...other scalars to log}; `module.save_pretrained(folder)` writes what the
+    `module(batch)` returns {"loss": scalar, ...other scalars to log, NaN where a batch has nothing to count}; `module.save_pretrained(folder)` writes what the
     run is for. A loss that is a mean over something else than the images of a batch comes with a "weight", the number
     of what it is a mean over: batches of other processes and of gradient accumulation then count by it. Optional are
     `module.compile_parts()`, `module.picture(batch) -> PIL image`, and for `layer_decay` `module.depths()`, the layers
@@ -249,7 +249,7 @@ class Trainer:
             self.nonfinite = 0
             self.average.update()
             self.window.append(
-                {name: torch.stack([m[name] for m in metrics]).mean() for name in metrics[0]} | {"grad_norm": norm}
+                {name: torch.stack([m[name] for m in metrics]).nanmean() for name in metrics[0]} | {"grad_norm": norm}
             )
             return
         self.nonfinite += 1
@@ -283,7 +283,7 @@ class Trainer:
         means = {}
         if self.window:
             names = self.window[0]
-            means = {name: torch.stack([row[name].float() for row in self.window]).mean().item() for name in names}
+            means = {name: torch.stack([row[name].float() for row in self.window]).nanmean().item() for name in names}
         self.log(
             "train", step=self.step, progress=progress, elapsed=now, images=self.images, images_per_s=speed,
             learning_rate=self.learning_rate, image_size=self.stage.image_size, **means,
