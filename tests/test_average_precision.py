@@ -258,6 +258,21 @@ def test_everything_that_is_there_and_something_that_is_not(samples: CocoSamples
     assert everything(samples, monkeypatch, {1: [], 2: [], 3: []})["AP50"] == 0.0
 
 
+def test_recall_counts_the_best_masks_of_a_picture(samples: CocoSamples, monkeypatch) -> None:
+    # the second picture's object comes after 100 masks of nothing, one of the first's is found with an IoU of 0.7
+    nothing = [((0, 0, 2 + k % 20, 2), 0.9) for k in range(100)]
+    left, top, right, bottom = OBJECTS[1][1]
+    worse = (left, top, left + round(0.7 * (right - left)), bottom)
+    found = {1: [(OBJECTS[0][1], 0.9), (worse, 0.8)], 2: [*nothing, (OBJECTS[2][1], 0.1)], 3: []}
+    numbers = everything(samples, monkeypatch, found)
+    share = sum((worse[2] - left) / (right - left) >= threshold - 1e-9 for threshold in np.arange(0.5, 1.0, 0.05)) / 10
+    assert 0 < share < 1
+    assert numbers["AR1"] == pytest.approx(1 / 3)
+    assert numbers["AR10"] == numbers["AR100"] == pytest.approx((1 + share) / 3)
+    assert numbers["AR"] == pytest.approx((2 + share) / 3)
+    assert numbers["masks"] == pytest.approx(103 / len(samples.complete_annotations()["images"]))
+
+
 def test_everything_counts_no_categories(samples: CocoSamples, tmp_path: Path, monkeypatch) -> None:
     content = json.loads((tmp_path / "instances.json").read_text())
     content["annotations"][0]["category_id"] = 7

@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 import efficientsam_hf.cli.evaluate as evaluate_command
+import efficientsam_hf.cli.segment as segment_command
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
 from efficientsam_hf.cli import main
 from efficientsam_hf.cli.segment import ObjectPrompt, group_prompts, mask_to_logits
@@ -125,6 +126,24 @@ def test_every_box_is_an_object(picture: str, model_folder: str, tmp_path: Path)
     alone = segment(picture, model_folder, tmp_path / "alone", "--box", "0,0,20,40")["objects"][0]
     assert objects[0]["score"] == pytest.approx(alone["score"], abs=1e-3)
     assert (tmp_path / "out" / "mask_1.png").is_file()
+
+
+@pytest.mark.parametrize("limit", [-1.0, 2.0], ids=["high", "low"])
+def test_a_low_score_is_said_and_written(
+    picture: str, model_folder: str, tmp_path: Path, capsys, monkeypatch, limit: float
+) -> None:
+    monkeypatch.setattr(segment_command, "LOW_SCORE", limit)
+    for options, more in (
+        (["--point", "12,30"], "a box, or another click,"),
+        (["--box", "0,0,20,40"], "another click"),
+    ):
+        [record] = segment(picture, model_folder, tmp_path / "out", *options)["objects"]
+        line = f"object 0: predicted IoU {record['score']:.2f} is low; {more} says more"
+        printed = capsys.readouterr().out.splitlines()
+        assert record.get("low_score") is (True if limit > 1 else None)
+        assert (line in printed) == (limit > 1) and ("is low" in "\n".join(printed)) == (limit > 1)
+        if limit > 1:
+            assert printed[2] == line  # right below the table
 
 
 def test_mask_prompt(picture: str, model_folder: str, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 """`efficientsam segment --everything`: files, tiles, and every refusal."""
 
 import json
+import re
 from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
 from efficientsam_hf.cli import main
 from efficientsam_hf.cli.everything import _overlay, large_pictures, write_labels
 from efficientsam_hf.cli.segment import read_image
@@ -32,7 +35,10 @@ def test_results_agree_with_each_other(picture: str, tmp_path: Path, capsys, til
     content = json.loads((out / "masks.json").read_text())
     objects = content["objects"]
     assert content["size"] == [150, 200] and len(objects) > 2
-    printed = capsys.readouterr().out
+    printed, bar = capsys.readouterr()
+    grid = "4 x 4 points in each tile" if tile else "4 x 4 points"
+    assert re.search(rf"^searched in [\d.]+ s with a grid of {grid}$", printed, re.MULTILINE)
+    assert "100%" in bar and ("tile" in bar) == bool(tile)
     assert f"{len(objects)} masks" in printed and f"{out / 'masks.json'} and {out / 'labels.png'}" in printed
     labels = np.asarray(Image.open(out / "labels.png"))
     for index, record in enumerate(objects):
@@ -45,6 +51,18 @@ def test_results_agree_with_each_other(picture: str, tmp_path: Path, capsys, til
     assert labels.max() <= len(objects) and labels.max() > 0
     with Image.open(out / "overlay.png") as overlay, Image.open(picture) as image:
         assert overlay.size == image.size and np.mean(np.asarray(overlay) != np.asarray(image.convert("RGB"))) > 0.05
+
+
+@pytest.mark.parametrize(("own", "grid"), [({"points_per_crop": 3}, 3), ({}, 32)], ids=["its own", "none"])
+def test_the_grid_is_that_of_the_checkpoint(picture: str, tmp_path: Path, capsys, own: dict, grid: int) -> None:
+    config = {"image_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    EfficientSamModel(EfficientSamConfig(vision_config=config)).save_pretrained(tmp_path / "model")
+    image_processor = EfficientSamImageProcessor(size=64, mask_generation={**own, "pred_iou_thresh": 0.999})
+    EfficientSamProcessor(image_processor).save_pretrained(tmp_path / "model")
+    flags = ["--everything", "--device", "cpu", "--model", str(tmp_path / "model"), "-o", str(tmp_path / "out")]
+    assert main(["segment", picture, *flags]) == 0
+    assert f"with a grid of {grid} x {grid} points\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [(40, 30), (1, 5000)])

@@ -408,6 +408,41 @@ def test_wrong_options(generator, picture, options, error, words: str) -> None:
         generator(picture, **options)
 
 
+@pytest.mark.parametrize(
+    ("count", "options", "steps"),
+    [
+        (1, {"points_per_batch": 10}, 4 + 1),  # 36 points, and the masks of the picture
+        (1, {"points_per_batch": None}, 1 + 1),
+        (3, {"points_per_batch": 36}, 3 * (1 + 1)),
+        (1, {"points_per_batch": 12, "crops_n_layers": 1}, 5 * (3 + 1)),
+        (2, {"points_per_batch": 12, "crops_n_layers": 1, "crop_n_points_downscale_factor": 2}, 2 * (4 + 4 * (1 + 1))),
+    ],
+)
+def test_progress_is_told_of_all_images_crops_and_batches(
+    generator, picture, monkeypatch, count: int, options, steps: int
+) -> None:
+    monkeypatch.setattr(module, "IMAGES_AT_ONCE", 2)
+    told: list[float] = []
+    images = picture if count == 1 else [picture] * count
+    result = generator(images, progress=told.append, **options)
+    assert told == [step / steps for step in range(1, steps + 1)]
+    expected = generator(images, **options)
+    for one, other in zip(*(([found] if count == 1 else found) for found in (result, expected))):
+        assert same_masks(one, other)
+
+
+def test_progress_is_told_of_nothing_where_there_is_nothing(generator, picture) -> None:
+    told: list[float] = []
+    assert generator([], progress=told.append) == []
+    with pytest.raises(ValueError, match="crops_n_layers 5000 cuts"):
+        generator(picture, progress=told.append, crops_n_layers=5000, crop_n_points_downscale_factor=2.5)
+    assert not told
+    with pytest.raises(TypeError, match="progress must be a function of the finished fraction, or None, got True"):
+        generator(picture, progress=True)
+    with pytest.raises(TypeError, match="unknown option 'progress'"):
+        EfficientSamMaskGenerator(generator.model, generator.image_processor, progress=told.append)
+
+
 def test_what_the_stock_pipeline_takes_is_taken(generator, picture) -> None:
     expected = generator(picture)
     stock = {"points_per_batch": None, "max_hole_area": None, "max_sprinkle_area": None, "box_nms_thresh": None}
@@ -566,6 +601,15 @@ def test_pipeline_refuses_what_it_does_not_know(model, processor, picture) -> No
     generate = pipeline("mask-generation", model=model, image_processor=processor.image_processor)
     with pytest.raises(ValueError, match="points_per_batch"):
         generate(picture, points_per_batch=0)
+
+
+def test_pipeline_has_the_generator_that_tells_progress(model, processor, picture, generator) -> None:
+    pipe = pipeline("mask-generation", model=model, image_processor=processor.image_processor)
+    told: list[float] = []
+    assert same_masks(pipe.mask_generator(picture, progress=told.append, **LOW), generator(picture))
+    assert told[-1] == 1
+    with pytest.raises(TypeError, match="unknown option 'progress'"):
+        pipe(picture, progress=told.append)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle, rle_area, rle_pixels
+from efficientsam_hf.models.rle_efficientsam import (
+    decode_rle,
+    encode_rle,
+    rle_area,
+    rle_pixels,
+    runs_iou,
+    window_to_runs,
+)
 
 
 # pycocotools' compiled part still speaks the array protocol of numpy 1.
@@ -115,3 +122,11 @@ def test_pixels_of_a_mask_without_expanding_it() -> None:
         mask = generator.random((30, 41)) < share
         rows, columns = generator.integers(0, 30, 12), generator.integers(0, 41, 7)
         assert (rle_pixels(encode_rle(mask), rows, columns) == mask[np.ix_(rows, columns)]).all()
+
+
+def test_iou_of_runs_is_that_of_their_masks() -> None:
+    generator = np.random.default_rng(0)
+    for shares in ((0.0, 0.0), (0.0, 0.5), (0.1, 0.9), (0.5, 0.5), (1.0, 0.3), (1.0, 1.0)):
+        first, second = (generator.random((30, 41)) < share for share in shares)
+        runs = [window_to_runs(mask, (0, 0), mask.shape) for mask in (first, second)]
+        assert runs_iou(*runs) == (first & second).sum() / max(1, (first | second).sum()) == runs_iou(*runs[::-1])

@@ -115,6 +115,14 @@ def test_frozen_parts_stay_as_they_are(part) -> None:
     assert any(p.grad is not None for p in module.parameters())
 
 
+def test_with_masks_frozen_only_the_predicted_iou_is_trained() -> None:
+    module = InteractiveSegmentation(tiny_model())
+    module.freeze(["encoder", "prompt_encoder", "masks"])
+    module(example_batch())["loss"].backward()
+    trained = {name for name, p in module.named_parameters() if p.grad is not None}
+    assert trained == {name for name, _ in module.named_parameters() if ".iou_prediction_head." in name} != set()
+
+
 def test_depths_count_the_layers_above() -> None:
     config = EfficientSamConfig.from_preset("ti", vision_config={"num_hidden_layers": 3, "image_size": 64})
     depths = InteractiveSegmentation(EfficientSamModel(config)).depths()

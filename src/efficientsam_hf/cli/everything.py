@@ -2,6 +2,7 @@
 """`efficientsam segment --everything`: all masks of a picture, from a grid of points."""
 
 import argparse
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from ..files import check_writable, write_file, write_json, write_png
 from ..models.rle_efficientsam import rle_pixels
@@ -19,6 +21,7 @@ from .loading import load_model
 LARGEST_OVERLAY = 2048  # pixels of its longer side
 OPACITY = 0.45  # of the tint of a mask
 LARGEST_PICTURE = 2**30  # pixels in all
+BAR = "everything: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 # Option of the generator -> type and help; defaults are those of the checkpoint.
 OPTIONS = {
     "points_per_crop": (int, "points per side of the grid"),
@@ -108,7 +111,7 @@ def large_pictures(args: argparse.Namespace) -> Iterator[None]:
 def run(args: argparse.Namespace, image: Image.Image) -> int:
     """Segment, write overlay.png and masks.json, print what came out."""
     from .. import EfficientSamMaskGenerator
-    from ..tiles import label_image, segment_tiles
+    from ..tiles import label_image
 
     folder = Path(args.output)
     check_writable(folder)
@@ -117,10 +120,9 @@ def run(args: argparse.Namespace, image: Image.Image) -> int:
     if not hasattr(model, "decode_prompts"):
         raise ValueError(f"--everything is for EfficientSAM models, {args.model} holds a {type(model).__name__}")
     generator = EfficientSamMaskGenerator(model, processor, **options, output_type="coco_rle")
-    if args.tile is None:
-        result = generator(image)
-    else:
-        result = segment_tiles(generator, image, args.tile, tile_overlap(args), progress=True)
+    start = time.perf_counter()
+    result = search(generator, image, args)
+    seconds = time.perf_counter() - start
     records = _records(result)
     write_json(folder / "masks.json", {"image": args.image, "size": [image.height, image.width], "objects": records})
     write_png(
@@ -130,8 +132,20 @@ def run(args: argparse.Namespace, image: Image.Image) -> int:
     if args.label_image:
         written.append(write_labels(folder, label_image(result["masks"], (image.height, image.width))))
     print(_summary(result, image))
+    print(_effort(seconds, generator.options.points_per_crop, args.tile))
     print(f"wrote {', '.join(map(str, written[:-1]))} and {written[-1]}")
     return 0
+
+
+def search(generator: Any, image: Image.Image, args: argparse.Namespace) -> dict[str, Any]:
+    """What the generator finds in the picture, or in its tiles, with a bar on stderr."""
+    from ..tiles import segment_tiles
+
+    if args.tile is not None:
+        return segment_tiles(generator, image, args.tile, tile_overlap(args), progress=True)
+    # With a delay nothing is drawn before the first step, so that the error of a refusal stands alone.
+    with tqdm(total=1.0, bar_format=BAR, delay=1e-3, mininterval=0, dynamic_ncols=True) as bar:
+        return generator(image, progress=lambda fraction: bar.update(fraction - bar.n))
 
 
 def write_labels(folder: Path, labels: np.ndarray) -> Path:
@@ -187,3 +201,9 @@ def _summary(result: dict[str, Any], image: Image.Image) -> str:
     shares = np.percentile(areas, [0, 50, 100]) / (image.width * image.height)
     sizes = ", ".join(f"{name} {100 * share:.2g} %" for name, share in zip(("smallest", "median", "largest"), shares))
     return f"{len(areas)} masks; of the picture: {sizes}"
+
+
+def _effort(seconds: float, side: int, tile: int | None) -> str:
+    """What it took; the demo says it in the same words."""
+    where = "" if tile is None else " in each tile"
+    return f"searched in {seconds:,.1f} s with a grid of {side} x {side} points{where}"

@@ -10,6 +10,7 @@ from .evaluate import DEFAULT_PROTOCOLS as PROMPTS
 from .loading import check_name, model_name
 from .running import (
     add_fields,
+    announce,
     dataset_source,
     log_skipped,
     make_trainable,
@@ -23,12 +24,14 @@ from .running import (
 
 
 DESCRIPTION = """\
-Train a promptable segmentation model. A recipe fills the fields below, flags change them; the result is
-OUTPUT_DIR/model, a folder for from_pretrained with the averaged weights.
+Train a promptable segmentation model. A recipe fills the fields below, flags change them; without one
+pictures of your own are trained by `coco_custom`. The result is OUTPUT_DIR/model, a folder for from_pretrained with the
+averaged weights.
 
   efficientsam finetune --recipe smoke --output-dir runs/smoke
   efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --eval-annotations A.json --eval-images DIR
-  efficientsam finetune --train-annotations A.json --train-images DIR --max-steps 1000 --output-dir runs/mine
+  efficientsam finetune --train-annotations A.json --train-images DIR --max-minutes 20 --output-dir runs/mine
+  efficientsam finetune --train-mix mix.yaml --max-minutes 60 --output-dir runs/mixed
   efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --resume"""
 
 # What the generator finds with, for models that begin here: predicted IoU and stability of what is trained for minutes
@@ -54,7 +57,21 @@ def run(args: argparse.Namespace) -> int:
     """Train and say where the result is."""
     from ..training.finetune_arguments import FinetuneArguments
 
-    return run_training(args, "finetune", FinetuneArguments, finetune)
+    return run_training(args, "finetune", FinetuneArguments, finetune, usual_recipe)
+
+
+def usual_recipe(flags: dict[str, Any]) -> dict[str, Any]:
+    """What a run on own pictures takes where no recipe is named: `coco_custom`, but for what the flags speak of."""
+    from ..training.arguments import read_recipe
+
+    if flags.get("train_scenes"):
+        return {}
+    recipe = read_recipe("coco_custom", "finetune")
+    if "max_steps" in flags:
+        del recipe["max_minutes"]
+    if "batch_size" in flags:
+        recipe["image_sizes"] = recipe["image_sizes"].partition("x")[0]
+    return recipe
 
 
 def finetune(arguments: Any) -> dict[str, Any]:
@@ -94,6 +111,7 @@ def finetune(arguments: Any) -> dict[str, Any]:
         evaluation_sets["scenes"] = _scene_samples(arguments)
     if evaluation_sets:
         trainer.evaluate = _evaluation(evaluation_sets, arguments)
+    announce(trainer.plan(), arguments)
     return trainer.train()
 
 
@@ -141,6 +159,7 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
         model.config.vision_config.image_size = image_size
         image_processor = EfficientSamImageProcessor.from_pretrained(source, size=image_size)
     image_processor.mask_generation |= arguments.generation_options()
+    image_processor.mask_cleaning |= arguments.cleaning_options()
     check_prompt_tokens(model, arguments.sampling())
     make_trainable(model, arguments)
     return model, EfficientSamProcessor.for_model(model.config, image_processor)

@@ -3,6 +3,7 @@
 
 import argparse
 import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,15 +21,24 @@ def add_fields(parser: argparse.ArgumentParser, kind: type) -> None:
     add_flags(parser.add_argument_group("fields of a recipe"), kind)
 
 
-def run_training(args: argparse.Namespace, command: str, kind: type, train: Callable[[Any], dict[str, Any]]) -> int:
-    """Fill the arguments, train, say where the result is; `train` returns the trainer's summary."""
+def run_training(
+    args: argparse.Namespace,
+    command: str,
+    kind: type,
+    train: Callable[[Any], dict[str, Any]],
+    usual: Callable[[dict[str, Any]], dict[str, Any]] = lambda flags: {},
+) -> int:
+    """Fill the arguments, train, say where the result is; `train` returns the trainer's summary.
+
+    `usual(flags)` is what stands in the place of a recipe where none is given.
+    """
     import torch
 
     from ..allocator import keep_freed_memory
     from ..training.arguments import build_arguments, read_recipe
 
-    recipe = read_recipe(args.recipe, command) if args.recipe else {}
     flags = {name: value for name, value in vars(args).items() if name in kind.__dataclass_fields__}
+    recipe = read_recipe(args.recipe, command) if args.recipe else usual(flags)
     arguments = build_arguments(kind, recipe, flags)
     if args.own_process and (arguments.cpu or not torch.cuda.is_available()):
         keep_freed_memory()
@@ -108,6 +118,22 @@ def render_device(arguments: Any) -> Any:
     from ..training.process_state import process_state
 
     return "cpu" if arguments.data_workers else process_state(arguments).device
+
+
+def announce(plan: dict[str, Any] | None, arguments: Any) -> None:
+    """Say before a run of so many minutes how many steps they will give."""
+    if plan is None:
+        return
+    sizes = ", ".join(f"{stage['steps']} at {stage['image_size']} pixels" for stage in plan["stages"])
+    print(
+        f"{arguments.max_minutes:g} minutes give about {plan['steps']} steps of {plan['images']} images in all "
+        f"({sizes}), judging by one step of each size"
+    )
+    if arguments.warmup_steps > plan["steps"] / 4:
+        print(
+            f"efficientsam: warning: warmup_steps {arguments.warmup_steps} is much of about {plan['steps']} steps",
+            file=sys.stderr,
+        )
 
 
 def _own_part(arguments: Any) -> dict[str, Any]:

@@ -35,7 +35,8 @@ written to OUT:
   mask_0.png, ...     one black and white picture per object: the mask with the highest predicted IoU of three
   mask_0_candidate_0.png, ...  with --all-masks, the three masks of each object
   masks.json          per object: prompts, score (predicted IoU), area in pixels, box [x0, y0, x1, y1] in pixels with
-                      x1 and y1 exclusive (null for an empty mask), segmentation (COCO RLE), file names
+                      x1 and y1 exclusive (null for an empty mask), segmentation (COCO RLE), file names, and
+                      low_score (true) where the score is below 0.5
   labels.png          with --everything and --label-image, the number of each pixel's mask in masks.json plus one
                       (labels.tif where there are more than 65,535)
 --everything writes no picture per object, and the point of the grid in place of the prompts.
@@ -48,6 +49,7 @@ examples:
   efficientsam segment scan.tif --everything --tile 1024 -o out
   cat dog.jpg | efficientsam segment - --point 250,180 -o out"""
 PROMPTS = ("input_points", "input_labels", "input_boxes")
+LOW_SCORE = 0.5  # predicted IoU below which a result says that it may not be what was meant
 MASK_PROMPT_LOGIT = 6.0  # about two standard deviations of the logits that the model itself answers with
 
 
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     model, processor = load_model(args.model, args)
     candidates, scores = segment(model, processor, image, objects, mask_prompt, args.all_masks)
     records = write_results(folder, args.image, image, objects, candidates, scores)
-    print(format_table(records))
+    print("\n".join([format_table(records), *low_scores(records)]))
     print(f"wrote {folder / 'overlay.png'}, {folder / 'masks.json'} and {sum(len(r['files']) for r in records)} masks")
     return 0
 
@@ -271,6 +273,8 @@ def write_results(
             write_png(folder / name, Image.fromarray(mask.astype(np.uint8) * 255))
         described = [_describe(mask, score) for mask, score in zip(masks, scores[index], strict=True)]
         record = {"prompts": asdict(prompt), **described[0], "files": names}
+        if scores[index, 0] < LOW_SCORE:
+            record["low_score"] = True
         records.append(record if len(masks) == 1 else {**record, "candidates": described})
     content = {"image": source, "size": [image.height, image.width], "objects": records}
     write_json(folder / "masks.json", content)
@@ -310,6 +314,16 @@ def format_table(records: list[dict[str, Any]]) -> str:
         prompts = _summary(record["prompts"])
         lines.append(f"{index:>6}  {prompts:<24}  {record['score']:5.2f}  {record['area']:>9}  {box}")
     return "\n".join(lines)
+
+
+def low_scores(records: list[dict[str, Any]]) -> list[str]:
+    """A line for each object of a low score: what would help."""
+    lines = []
+    for index, record in enumerate(records):
+        if record.get("low_score"):
+            more = "another click" if record["prompts"]["box"] else "a box, or another click,"
+            lines.append(f"object {index}: predicted IoU {record['score']:.2f} is low; {more} says more")
+    return lines
 
 
 def _summary(prompts: dict[str, Any]) -> str:

@@ -16,7 +16,9 @@ class Augmentation:
 
     `flip` is a probability. A scale is drawn from [`min_scale`, `max_scale`], log-uniformly: above 1 a random part of
     the picture that is smaller by the scale stays; below 1 the picture shrinks and lies at a random place on its mean
-    colour. `light` is the strength of random changes of exposure, contrast, saturation and white balance. Raises ValueError for values out of range.
+    colour. `light` is the strength of random changes of exposure, contrast, saturation and white balance.
+
+    Raises ValueError for values out of range.
     """
 
     flip: float = 0.0
@@ -32,7 +34,7 @@ class Augmentation:
                 f"min_scale and max_scale must be in order and from 0.05 to 20, got {self.min_scale}, {self.max_scale}"
             )
         if not 0 <= self.light <= 5:
-            raise ValueError(f"light is a strength from 0 to 5, got {self.light}")
+            raise ValueError(f"light must be a strength from 0 to 5, got {self.light}")
 
     def __call__(self, sample: dict[str, Any], generator: np.random.Generator, zoom: float = 1.0) -> dict[str, Any]:
         """{"image": RGB PIL image, "masks": (N, H, W) bool, ...} -> the same with both changed alike.

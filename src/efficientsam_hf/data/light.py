@@ -12,9 +12,10 @@ EXPOSURE, CONTRAST, SATURATION, BALANCE = 0.12, 0.12, 0.25, 0.05
 def change_light(
     image: Image.Image, generator: np.random.Generator, strength: float = 1.0, exposure: float = 1.0
 ) -> Image.Image:
-    """An RGB picture in other light, RGB; `exposure` is a factor on top of the random one.
+    """An RGB picture in other light, as RGB; `exposure` is a factor on top of the random one.
 
-    All changes are one matrix of colors, so this costs one pass over the pixels. What does not fit is cut at 0 and 255.
+    All changes together are one matrix of the colours, so they cost one pass over the pixels. Values beyond 0 and 255
+    are cut off.
     """
     gain, contrast, saturation = np.exp(strength * generator.normal(0, (EXPOSURE, CONTRAST, SATURATION)))
     balance = gain * exposure * np.exp(strength * generator.normal(0, BALANCE, 3))

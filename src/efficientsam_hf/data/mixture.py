@@ -1,7 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several sources of training pictures with weights: what a mixture is made of, and whose turn it is when."""
 
-from collections.abc import Sequence
+import math
+import os
+import re
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -19,17 +23,24 @@ from .tars import find_tars
 
 
 KINDS = ("annotations", "sa1b", "dataset", "cutouts", "scenes")
-PATHS = ("annotations", "images", "sa1b")  # relative ones count from the mixture's file
+PATHS = {"annotations": "file", "images": "folder", "sa1b": "folder"}  # relative ones count from the mixture's file
+CHANGES = ("horizontal_flip", "min_scale", "max_scale", "light")
+NUMBERS = (*CHANGES, "min_object_area", "max_object_area")
+OF_DATASETS = ("split", "config", "revision", "image_column", "masks_column")
+TEXTS = (*PATHS, "dataset", *OF_DATASETS, "license", "credit", "url")
 BLOCK = 1000  # pictures among which every source has its share
+TRIED = 64  # cut-outs or backgrounds of a folder or file, before it is taken for unusable
 
 
 @dataclass(frozen=True)
 class MixtureSource:
-    """One source: where its pictures come from (one of `KINDS`, with what belongs to it), how often, how changed.
+    """One source: where its pictures come from (one of `KINDS`, with what goes with it), how often, how changed.
 
-    `cutouts` and `backgrounds` are lists of folders, of COCO files as {"annotations", "images"}, both optionally
-    {"folder" or "annotations", ..., "weight"}. The last five fields replace those of the run of the same name; pasted
-    pictures and scenes are changed in their own way already, and stay as they are unless told.
+    `cutouts` and `backgrounds` are {"folder", "weight"} or, for COCO files, {"annotations", "images", "weight"}.
+    `NUMBERS` replace the run's own arguments of these names; pasted pictures and scenes are changed in their own way
+    already, so the run's flips, scales and light are not for them. `license`, `credit` and `url` are for the model
+    card. Raises ValueError that names the source for a value of another type, for no kind or several, and for what
+    does not go with the kind.
     """
 
     name: str
@@ -52,18 +63,43 @@ class MixtureSource:
     light: float | None = None
     min_object_area: float | None = None
     max_object_area: float | None = None
+    license: str | None = None
+    credit: str | None = None
+    url: str | None = None
 
     def __post_init__(self):
+        self._check_types()
         given = [kind for kind in KINDS if getattr(self, kind)]
         if len(given) != 1:
-            raise ValueError(
-                f"source {self.name!r} must have one of {', '.join(KINDS)}, got {' and '.join(given) or 'none'}"
-            )
+            self._fail(f"one of {', '.join(KINDS)} must be given, got {' and '.join(given) or 'none'}")
         for one, other in (("annotations", "images"), ("cutouts", "backgrounds")):
             if bool(getattr(self, one)) != bool(getattr(self, other)):
-                raise ValueError(f"source {self.name!r}: {one} and {other} go together, got only one of them")
-        if not isinstance(self.weight, (int, float)) or isinstance(self.weight, bool) or not self.weight > 0:
-            raise ValueError(f"source {self.name!r}: weight must be a number above 0, got {self.weight!r}")
+                self._fail(f"{one} and {other} go together, got only one of them")
+        useless = [] if self.dataset else list(OF_DATASETS)
+        useless += CHANGES if self.scenes else ()
+        for item in fields(self):
+            if item.name in useless and getattr(self, item.name) != item.default:
+                self._fail(f"{item.name} is not for {self.kind}, got {getattr(self, item.name)!r}")
+
+    def _check_types(self) -> None:
+        if not isinstance(self.name, str) or not re.fullmatch(r"[\w.-]+", self.name):
+            self._fail(f"a name must be text of letters, digits, '_', '.' and '-', got {self.name!r}")
+        if not _is_number(self.weight) or self.weight <= 0:
+            self._fail(f"weight must be a number above 0, got {self.weight!r}")
+        for name in TEXTS:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                self._fail(f"{name} must be text, got {value!r}")
+        for name in NUMBERS:
+            if getattr(self, name) is not None and not _is_number(getattr(self, name)):
+                self._fail(f"{name} must be a number, got {getattr(self, name)!r}")
+        if not isinstance(self.scenes, bool):
+            self._fail(f"scenes must be true or false, got {self.scenes!r}")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            self._fail(f"url must begin with http:// or https://, got {self.url!r}")
+
+    def _fail(self, reason: str) -> None:
+        raise ValueError(f"source {self.name!r}: {reason}")
 
     @property
     def kind(self) -> str:
@@ -72,22 +108,28 @@ class MixtureSource:
 
     @property
     def endless(self) -> bool:
-        """Whether pictures are made, each another one, and never come again."""
+        """Whether its pictures are made, so that none comes twice."""
         return self.kind in ("cutouts", "scenes")
 
-    def open(self, seed: int) -> Any:
+    def open(self, read_coco: Callable[[str, str], coco.CocoSamples] = coco.CocoSamples) -> Any:
         """Samples by number, or `PastedPictures`; None for scenes, which need no files.
 
-        Raises as the source's own class does: FileNotFoundError or ValueError for what is missing or damaged.
+        Raises FileNotFoundError or ValueError, with the source's name, for what is missing or damaged, for folders of
+        cut-outs or backgrounds of which none can be used, and for tars, which are read one after the other.
         """
+        try:
+            return self._open(read_coco)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"source {self.name!r}: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"source {self.name!r}: {error}") from error
+
+    def _open(self, read_coco: Callable[[str, str], coco.CocoSamples]) -> Any:
         if self.annotations:
-            return coco.CocoSamples(self.annotations, self.images)
+            return read_coco(self.annotations, self.images)
         if self.sa1b:
             if find_tars(self.sa1b):
-                raise ValueError(
-                    f"source {self.name!r}: {self.sa1b} holds tars, which can only be read one after the other; a "
-                    "mixture needs them unpacked"
-                )
+                raise ValueError(f"sa1b: {self.sa1b} holds tars, which cannot be read in any order; unpack them")
             return sa1b.Sa1bFolder(self.sa1b)
         if self.dataset:
             return dataset_samples.load_samples(
@@ -95,49 +137,74 @@ class MixtureSource:
                 image_column=self.image_column, masks_column=self.masks_column,
             )  # fmt: skip
         if self.cutouts:
-            cutouts = [(entry["weight"], _open_cutouts(entry)) for entry in self.cutouts]
-            backgrounds = [(entry["weight"], _open_backgrounds(entry)) for entry in self.backgrounds]
-            return PastedPictures(cutouts, backgrounds, seed)
+            cutouts = [(entry["weight"], _open_cutouts(entry, read_coco)) for entry in self.cutouts]
+            backgrounds = [(entry["weight"], _open_backgrounds(entry, read_coco)) for entry in self.backgrounds]
+            return PastedPictures(cutouts, backgrounds)
         return None
 
 
-def _open_cutouts(entry: dict[str, Any]) -> CutoutFolder | ObjectCutouts:
+def open_sources(sources: Sequence[MixtureSource]) -> list[Any]:
+    """What each source opens; a COCO file that several of them name is read once. Errors as of `open`."""
+    read_coco = lru_cache(maxsize=None)(coco.CocoSamples)
+    return [source.open(read_coco) for source in sources]
+
+
+def _open_cutouts(entry: dict[str, Any], read_coco: Callable) -> CutoutFolder | ObjectCutouts:
     if "folder" in entry:
-        return CutoutFolder(entry["folder"])
-    samples = coco.CocoSamples(entry["annotations"], entry["images"])
-    return ObjectCutouts(samples, samples.object_counts())
+        return _with_usable(CutoutFolder(entry["folder"]), f"cutouts: {entry['folder']}")
+    samples = read_coco(entry["annotations"], entry["images"])
+    return _with_usable(ObjectCutouts(samples, samples.object_counts()), f"cutouts: {entry['annotations']}")
 
 
-def _open_backgrounds(entry: dict[str, Any]) -> Sequence[dict[str, Any]]:
+def _open_backgrounds(entry: dict[str, Any], read_coco: Callable) -> Sequence[dict[str, Any]]:
     if "folder" in entry:
-        return ImageFolder(entry["folder"])
-    return coco.CocoSamples(entry["annotations"], entry["images"])
+        return _with_usable(ImageFolder(entry["folder"]), f"backgrounds: {entry['folder']}")
+    return _with_usable(read_coco(entry["annotations"], entry["images"]), f"backgrounds: {entry['annotations']}")
 
 
-def read_mixture(text: str) -> list[MixtureSource]:
+def _with_usable(samples: Any, shown: str) -> Any:
+    """The samples; `ValueError` if none of some that lie all over them can be used."""
+    indices = np.unique(np.linspace(0, len(samples) - 1, TRIED).round().astype(int)).tolist()
+    for index in indices:
+        try:
+            samples[index]
+            return samples
+        except (ValueError, OSError) as error:
+            reason = error
+    raise ValueError(f"{shown}: none of {len(indices)} that were tried could be used: {reason}")
+
+
+def read_mixture(text: str, existing: bool = True) -> list[MixtureSource]:
     """Sources from a YAML file by its path, or from YAML text: a list of mappings of the fields of `MixtureSource`.
 
-    Relative paths count from the file's folder, in text from the working directory. Raises ValueError that names the
-    source for anything else than a list of sources with different names, and FileNotFoundError for a missing path.
+    Relative paths count from the file's folder, in text from the working directory; with `existing` False they stay
+    as they are, and nothing is looked for. Raises ValueError that names the source for anything else than a list of
+    sources with different names, and FileNotFoundError for a missing path.
     """
-    path = Path(text)
-    from_file = "\n" not in text and len(text) < 1000 and path.is_file()
+    path = Path(os.path.expanduser(text))
+    from_file = "\n" not in text and os.path.isfile(path)
+    shown = f"train_mix: {text[:80]!r}"
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8") if from_file else text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"train_mix: {text!r} is not YAML: {error}") from None
+        raise ValueError(f"{shown} is not YAML: {error}") from None
     if not isinstance(content, list) or not content or not all(isinstance(entry, dict) for entry in content):
-        raise ValueError(f"train_mix must be a YAML file or text with a list of sources, got {text[:80]!r}")
-    folder = path.parent if from_file else Path()
+        raise ValueError(f"{shown} is neither a YAML file nor text with a list of sources")
+    if len(content) > BLOCK:
+        raise ValueError(f"{shown} has {len(content)} sources, at most {BLOCK} can take turns")
+    folder = None if not existing else path.parent if from_file else Path()
     sources = [_read_source(number, entry, folder) for number, entry in enumerate(content, 1)]
     names = [source.name for source in sources]
     if len(set(names)) < len(names):
-        raise ValueError(f"train_mix: every source needs a name of its own, got {', '.join(names)}")
+        raise ValueError(f"{shown}: every source needs a name of its own, got {', '.join(names)}")
     return sources
 
 
-def write_mixture(sources: Sequence[MixtureSource]) -> str:
-    """YAML text that `read_mixture` reads the same sources from, with what differs from the defaults only."""
+def write_mixture(sources: Sequence[MixtureSource], **style: Any) -> str:
+    """YAML text that `read_mixture` reads the same sources from; fields that have their default are left out.
+
+    `style` is for `yaml.safe_dump`.
+    """
     entries = []
     for source in sources:
         values = {item.name: getattr(source, item.name) for item in fields(source)}
@@ -148,58 +215,93 @@ def write_mixture(sources: Sequence[MixtureSource]) -> str:
                 if item.default is MISSING or values[item.name] != item.default
             }
         )
-    return yaml.safe_dump(entries, sort_keys=False, width=10_000)
+    return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True, width=math.inf, **style)
 
 
-def _read_source(number: int, entry: dict[str, Any], folder: Path) -> MixtureSource:
-    known = {item.name for item in fields(MixtureSource)}
-    name = str(entry.get("name", f"source {number}"))
+def _read_source(number: int, entry: dict[str, Any], folder: Path | None) -> MixtureSource:
+    """The source of an entry of the YAML; paths count from `folder`, and must be there unless it is None."""
+    values = {"name": f"source_{number}"} | {key: value for key, value in entry.items() if value is not None}
+    known, shown = {item.name for item in fields(MixtureSource)}, f"source {values['name']!r}: "
     unknown = sorted(str(key) for key in set(entry) - known)
     if unknown:
-        raise ValueError(f"source {name!r}: unknown names {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    values = {**entry, "name": name}
-    for key in PATHS:
-        if values.get(key) is not None:
-            values[key] = _existing(name, values[key], folder)
+        raise ValueError(f"{shown}unknown names {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     for key in ("cutouts", "backgrounds"):
         if key in values:
-            values[key] = _read_folders(name, key, values[key], folder)
+            values[key] = _read_folders(f"{shown}{key}", values[key], folder)
+    for key in ("weight", *NUMBERS):
+        if key in values:
+            values[key] = _number(values[key])
+    MixtureSource(**values)  # what is wrong in it is said before its paths are looked for
+    for key, what in PATHS.items():
+        if key in values:
+            values[key] = _find(f"{shown}{key}", values[key], what, folder)
+    if "dataset" in values:
+        values["dataset"] = _find_dataset(shown, values["dataset"], folder)
     return MixtureSource(**values)
 
 
-def _read_folders(name: str, key: str, entries: Any, folder: Path) -> tuple[dict[str, Any], ...]:
-    """What cutouts or backgrounds are taken from: paths, or mappings with folder or annotations and images."""
+def _read_folders(shown: str, entries: Any, folder: Path | None) -> tuple[dict[str, Any], ...]:
+    """Where cut-outs or backgrounds are taken from: folders, or mappings with folder or with annotations and images."""
     entries = entries if isinstance(entries, list) else [entries]
+    if not entries:
+        raise ValueError(f"{shown} must name a folder or COCO file at least, got an empty list")
     result = []
     for entry in entries:
-        entry = dict(entry) if isinstance(entry, dict) else {"folder": entry}
-        weight = entry.pop("weight", 1.0)
-        if set(entry) not in ({"folder"}, {"annotations", "images"}):
+        parts = {"folder": entry} if isinstance(entry, str) else dict(entry) if isinstance(entry, dict) else {}
+        weight = _number(parts.pop("weight", 1.0))
+        if set(parts) not in ({"folder"}, {"annotations", "images"}):
             raise ValueError(
-                f"source {name!r}: {key} are folders, or mappings with folder or with annotations and images, got "
-                f"{sorted(entry)}"
+                f"{shown} must be folders, or mappings with folder or with annotations and images, got {entry!r}"
             )
-        if not isinstance(weight, (int, float)) or not weight > 0:
-            raise ValueError(f"source {name!r}: weights of {key} must be numbers above 0, got {weight!r}")
-        result.append({**{part: _existing(name, value, folder) for part, value in entry.items()}, "weight": weight})
+        if not _is_number(weight) or weight <= 0:
+            raise ValueError(f"{shown}: weight must be a number above 0, got {weight!r}")
+        found = {
+            part: _find(f"{shown}: {part}", value, "file" if part == "annotations" else "folder", folder)
+            for part, value in parts.items()
+        }
+        result.append({**found, "weight": weight})
     return tuple(result)
 
 
-def _existing(name: str, value: Any, folder: Path) -> str:
-    """An absolute path."""
-    path = folder / str(value)
-    if not path.exists():
-        raise FileNotFoundError(f"source {name!r}: {path} does not exist")
+def _find(shown: str, value: Any, what: str, folder: Path | None) -> str:
+    """The absolute path of a file or folder; as it is without a folder to count from."""
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{shown} must be a path, got {value!r}")
+    if folder is None:
+        return value
+    path = folder / os.path.expanduser(value)
+    if not (os.path.isfile(path) if what == "file" else os.path.isdir(path)):
+        raise FileNotFoundError(f"{shown}: {path} does not exist or is no {what}")
     return str(path.resolve())
+
+
+def _find_dataset(shown: str, value: str, folder: Path | None) -> str:
+    """The absolute path of a folder that is there; any other name is one of the Hub, and stays."""
+    is_path = value.startswith(("/", ".", "~"))
+    if folder is None or not (is_path or os.path.isdir(folder / value)):
+        return value
+    return _find(f"{shown}dataset", value, "folder", folder)
+
+
+def _number(value: Any) -> Any:
+    """YAML reads 4e-4 as text; anything that is no number stays what it is."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return float(value)
+    return value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True)
 class Turns:
-    """Whose turn it is at each position of a mixture, and the how manyth of its pictures that is.
+    """Which source has its turn at each position of a mixture, and the number of its own picture there.
 
     Every block of `BLOCK` positions holds each source as often as its weight says (rounded, once at least), in an
-    order of its own that depends on the seed and the block's number alone. So the place of a source at a position
-    follows from the position, and an epoch of the source holds each of its pictures once.
+    order that depends on the seed and the block's number alone. A source's own pictures are numbered 0, 1, 2, ...
+    without gaps, so that an epoch of it holds each picture once.
     """
 
     weights: tuple[float, ...]
@@ -210,7 +312,7 @@ class Turns:
         return _shares(self.weights)
 
     def at(self, position: int) -> tuple[int, int]:
-        """(source, place): the place counts the source's own pictures from 0 on."""
+        """(source, place): place is the number of the source's own picture, from 0."""
         block, offset = divmod(position, BLOCK)
         source, rank = (int(part[offset]) for part in _block(self.weights, self.seed, block))
         return source, block * int(self.shares()[source]) + rank
@@ -218,7 +320,8 @@ class Turns:
 
 @lru_cache(maxsize=8)
 def _shares(weights: tuple[float, ...]) -> np.ndarray:
-    exact = np.array(weights) / sum(weights) * BLOCK
+    parts = np.array(weights) / max(weights)  # the sum of very large weights would be infinite
+    exact = parts / parts.sum() * BLOCK
     counts = np.maximum(1, np.floor(exact)).astype(np.int64)
     for index in np.argsort(counts - exact, kind="stable")[: max(0, BLOCK - counts.sum())]:
         counts[index] += 1  # largest remainders first

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cut-outs pasted on pictures (Ghiasi et al. 2021, Simple Copy-Paste), with exact masks of what stays visible.
 
-A cut-out of many colours is one object, so a model that trains on them cannot follow colour alone.
+A cut-out of many colours is one object, so a model that trains on such pictures cannot follow colour alone.
 """
 
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageStat
 
+from .cutouts import SOLID
 from .light import change_light
 from .scenes import scene_seed
 
@@ -19,9 +21,10 @@ from .scenes import scene_seed
 MOST_OBJECTS, MOST_BEHIND = 10, 16  # things pasted, and objects of a background that are kept
 SIZES = (0.12, 0.95)  # longest side of a pasted thing, as a fraction of the picture's shorter side
 LONGER_SIDE = (0.75, 1.15)  # of the picture that is made, as a multiple of the side asked for
+LEAST_SIDE = 16  # pixels of the part of a background that is taken, and of the picture that is made
 OWN_KIND = 0.3  # probability that a thing stands among others of its kind
-SMALLEST_SHARE = 0.25  # of a thing that must stay visible, or it is no object
-DRAWS = 8  # of a picture or cut-out that can be used, before there is no point in going on
+SMALLEST_SHARE = 0.25  # of a thing must stay visible, or it is no object
+DRAWS = 8  # attempts at a picture or cut-out that can be used, after which there is no point in going on
 
 
 class Cutouts(Protocol):
@@ -34,13 +37,13 @@ class Cutouts(Protocol):
 
 @dataclass(frozen=True)
 class PastedPictures:
-    """Pictures without end that are made when they are asked for: things on photos.
+    """Things on photos: pictures without end, each made when it is asked for.
 
-    `cutouts` and `backgrounds` are drawn by their weights, each of them a pair (weight, sequence); backgrounds hold
-    {"image"}, and where they have "masks" too, what stays visible of those objects is kept. A part of the background
-    is taken; things are scaled, rotated, mirrored, lit and laid in front of each other with soft edges and shadows;
-    and the whole is photographed: blur, noise, light and compression are the same for things and background.
-    Everything is computed with NumPy and Pillow on the CPU, whatever device trains.
+    `cutouts` and `backgrounds` are pairs (weight, sequence); the weights say how often each is drawn. Backgrounds are
+    {"image"}; where they have "masks" too, what stays visible of these objects is kept. A part of the background is
+    taken; things are scaled, rotated, mirrored, lit and laid in front of each other with soft edges and shadows; then
+    the whole is photographed: light, blur, noise and compression are the same for things and background. NumPy and
+    Pillow compute all of it on the CPU, whatever device trains.
     """
 
     cutouts: Sequence[tuple[float, Cutouts]]
@@ -48,10 +51,11 @@ class PastedPictures:
     seed: int = 0
 
     def picture(self, index: int, side: int) -> dict[str, Any]:
-        """Picture `index`, which depends on (seed, index, side) alone, of about `side` pixels at its longer side.
+        """Picture `index`, which depends on (seed, index, side) alone; its longer side is about `side` pixels.
 
-        {"image": RGB `PIL.Image`, "masks": (N, H, W) bool array, "image_id": index}. Raises `ValueError` if none of
-        several cut-outs or backgrounds that were drawn for it could be used.
+        -> {"image": RGB `PIL.Image`, "masks": (N, H, W) bool array, "image_id": index}, where the mask of a pasted
+        thing overlaps no other. Raises `ValueError` if none of several cut-outs or backgrounds that were drawn for it
+        could be used.
         """
         generator = np.random.default_rng(scene_seed(self.seed, index))
         canvas = _Canvas(*self._background(side, generator), generator)
@@ -61,16 +65,16 @@ class PastedPictures:
         return {"image": photograph(canvas.image, generator), "masks": canvas.masks(), "image_id": index}
 
     def _background(self, side: int, generator: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
-        """RGB picture and masks (N, H, W) bool of a part of a background."""
-        sample = _usable(self.backgrounds, generator, lambda samples, index: samples[index])
+        """A part of a background: RGB picture and masks (N, H, W) bool."""
+        _, _, sample = _draw(self.backgrounds, generator)
         image, masks = sample["image"], sample.get("masks", np.zeros((0, 1, 1), bool))
         masks = np.asarray(masks[generator.permutation(len(masks))[:MOST_BEHIND]])
         share = generator.uniform(0.5, 1.0)
-        cut = [max(16, round(length * share)) for length in image.size]
+        cut = [min(length, max(LEAST_SIDE, round(length * share))) for length in image.size]
         left, top = (int(generator.integers(0, max(1, have - part))) for have, part in zip(image.size, cut))
         box = (left, top, left + cut[0], top + cut[1])
         scale = side * generator.uniform(*LONGER_SIDE) / max(cut)
-        size = tuple(max(16, round(length * scale)) for length in cut)
+        size = tuple(max(LEAST_SIDE, round(length * scale)) for length in cut)
         image = image.resize(size, Image.Resampling.BICUBIC, box)
         masks = np.array([_resize_mask(mask, size, box) for mask in masks], bool).reshape(len(masks), *size[::-1])
         if generator.random() < 0.5:
@@ -80,21 +84,20 @@ class PastedPictures:
         return image, masks
 
     def _paste_one_kind(self, canvas: "_Canvas", room: int) -> None:
-        """Paste a thing, or several of its kind that may cover each other, at most `room`."""
-
-        def look_at(cutouts: Cutouts, index: int) -> tuple[Cutouts, list[int], Image.Image]:
-            return cutouts, cutouts.like(index), cutouts[index]
-
+        """Paste a thing, or several of its kind that may cover each other, `room` at most."""
         generator = canvas.generator
-        cutouts, alike, cutout = _usable(self.cutouts, generator, look_at)
+        cutouts, drawn, cutout = _draw(self.cutouts, generator)
+        alike = cutouts.like(drawn)
         size = np.exp(generator.uniform(*np.log(SIZES)))
         count = min(room, int(generator.integers(2, 5))) if generator.random() < OWN_KIND else 1
         middle = generator.uniform(0, 1, 2)
         for number in range(count):
             if number and len(alike) > 1:
-                cutout = cutouts[int(generator.choice(alike))]
+                with suppress(ValueError, OSError):  # one that cannot be used makes way for the one before it
+                    cutout = cutouts[alike[int(generator.integers(len(alike)))]]
             near = middle if not number else middle + generator.normal(0, 0.6 * size, 2)
-            canvas.paste(_turned(cutout, size * generator.uniform(0.8, 1.25) * min(canvas.image.size), generator), near)
+            longest = size * generator.uniform(0.8, 1.25) * min(canvas.image.size)
+            canvas.paste(_turned(cutout, longest, generator), near)
 
 
 class _Canvas:
@@ -106,7 +109,7 @@ class _Canvas:
         self.pasted: list[tuple[np.ndarray, int]] = []
 
     def paste(self, thing: Image.Image, middle: np.ndarray) -> None:
-        """Lay an RGBA thing with its middle at (x, y), fractions of the picture, cut to within it."""
+        """Lay an RGBA thing with its middle at (x, y), fractions of the picture; what is beyond its border is cut."""
         place = np.clip(middle, 0.05, 0.95) * self.image.size - np.array(thing.size) / 2
         left, top = (round(float(value)) for value in place)
         alpha = thing.getchannel("A")
@@ -115,7 +118,7 @@ class _Canvas:
         color = change_light(thing.convert("RGB"), self.generator, exposure=self._exposure(thing, left, top))
         self.image.paste(color, (left, top), alpha)
         covers = np.zeros(self.image.size[::-1], bool)
-        solid = np.asarray(alpha) >= 128
+        solid = np.asarray(alpha) >= SOLID
         rows, columns = slice(max(0, top), max(0, top + thing.height)), slice(max(0, left), max(0, left + thing.width))
         part = covers[rows, columns]
         part[:] = solid[max(0, -top) :, max(0, -left) :][: part.shape[0], : part.shape[1]]
@@ -143,30 +146,34 @@ class _Canvas:
         if box[0] >= box[2] or box[1] >= box[3]:
             return 1.0
         around = sum(ImageStat.Stat(self.image.crop(box)).mean)
-        own = sum(ImageStat.Stat(thing.convert("RGB"), thing.getchannel("A").point(lambda a: 255 * (a > 127))).sum)
-        solid = thing.getchannel("A").histogram()[128:]
-        return float(np.clip(around * sum(solid) / max(own, 1.0), 0.25, 4.0) ** share)
+        solid = thing.getchannel("A").point(lambda alpha: 255 * (alpha >= SOLID))
+        own = sum(ImageStat.Stat(thing.convert("RGB"), solid).sum)
+        return float(np.clip(around * solid.histogram()[255] / max(own, 1.0), 0.25, 4.0) ** share)
 
     def masks(self) -> np.ndarray:
-        """What is visible of each object of which enough is: (N, H, W) bool."""
+        """What is visible of each object, of those that are not too hidden: (N, H, W) bool."""
         kept = [mask for mask, whole in (*self.behind, *self.pasted) if mask.sum() > SMALLEST_SHARE * whole]
         return np.array(kept, bool).reshape(len(kept), *self.image.size[::-1])
 
 
-def _usable(weighted: Sequence[tuple[float, Any]], generator: np.random.Generator, read: Any) -> Any:
-    """`read(sequence, index)` of one that is drawn and can be used; `ValueError` if none of several can."""
+def _draw(weighted: Sequence[tuple[float, Any]], generator: np.random.Generator) -> tuple[Any, int, Any]:
+    """An item that can be used, drawn by the weights: (its sequence, its index, the item).
+
+    Raises `ValueError` if none of several that were drawn can be used.
+    """
     weights = np.array([weight for weight, _ in weighted])
     for _ in range(DRAWS):
         sequence = weighted[generator.choice(len(weighted), p=weights / weights.sum())][1]
+        index = int(generator.integers(len(sequence)))
         try:
-            return read(sequence, int(generator.integers(len(sequence))))
+            return sequence, index, sequence[index]
         except (ValueError, OSError) as error:
             reason = error
     raise ValueError(f"none of {DRAWS} cut-outs or backgrounds that were drawn could be used: {reason}")
 
 
 def _turned(cutout: Image.Image, longest: float, generator: np.random.Generator) -> Image.Image:
-    """An RGBA cut-out at a random angle, slightly stretched, its longest side before that of `longest` pixels."""
+    """An RGBA cut-out whose longest side is scaled to `longest` pixels, then slightly stretched and turned."""
     stretch = np.exp(generator.normal(0, 0.08))
     scale = longest / max(cutout.size)
     size = tuple(max(4, round(length * scale * by)) for length, by in zip(cutout.size, (stretch, 1 / stretch)))
@@ -178,7 +185,7 @@ def _turned(cutout: Image.Image, longest: float, generator: np.random.Generator)
 
 
 def photograph(image: Image.Image, generator: np.random.Generator) -> Image.Image:
-    """Light, blur, noise and compression of a whole picture, RGB -> RGB."""
+    """A whole picture in other light, with blur, noise and compression: RGB -> RGB."""
     grey, blur, noise, compression = generator.random(4)
     image = change_light(image, generator, 0.7)
     if grey < 0.05:

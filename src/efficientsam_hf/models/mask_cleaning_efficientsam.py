@@ -60,8 +60,8 @@ def clean_masks(
 ) -> torch.Tensor:
     """Masks made whole, (Q, M, H, W) bool -> (Q, M, H, W) bool.
 
-    `clicks` (Q, P, 2) xy and `boxes` (Q, 4) xyxy are in pixels of the masks, where pixel 0 reaches from 0 to 1; `labels`
-    (Q, P) are 1 on the object, 0 beside it and -1 for padding; a box of -1 is none.
+    `clicks` (Q, P, 2) xy and `boxes` (Q, 4) xyxy are in pixels of the masks, where pixel 0 reaches from 0 to 1;
+    `labels` (Q, P) are 1 on the object, 0 beside it and -1 for padding; a box of -1 is none.
     """
     if masks.device.type != "cpu":
         return _clean_together(masks, cleaning, clicks, labels, boxes)
@@ -184,7 +184,7 @@ def _holes(masks: torch.Tensor, share: float, spared: torch.Tensor | None) -> to
 
 
 def _pixels_at(points: torch.Tensor, chosen: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Pixels that hold a chosen point, the last ones where it lies on the border: (Q, P, 2), (Q, P) -> (Q, H, W) bool."""
+    """Pixels that hold a chosen point, the last ones for the border: (Q, P, 2), (Q, P) bool -> (Q, H, W) bool."""
     height, width = size
     columns = points[..., 0].floor().long().clamp(0, width - 1)
     rows = points[..., 1].floor().long().clamp(0, height - 1)

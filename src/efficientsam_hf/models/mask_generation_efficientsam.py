@@ -18,7 +18,8 @@ import io
 import math
 import os
 import urllib.request
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -86,8 +87,12 @@ class EfficientSamMaskGenerator:
         self.options = MaskGenerationOptions().with_changes({**whole, **own, **options})
 
     @torch.no_grad()
-    def __call__(self, images: Any, **options: Any) -> dict[str, Any] | list[dict[str, Any]]:
+    def __call__(
+        self, images: Any, progress: Callable[[float], None] | None = None, **options: Any
+    ) -> dict[str, Any] | list[dict[str, Any]]:
         """All masks of an image, which is anything that the image processor takes, or of each in a list.
+
+        `progress` is called with the finished fraction: of all images, their crops and each crop's batches of points.
 
         Returns:
             For an image a dict of `masks` (see `output_type`) and, for each of them, `scores` (K) float32, `boxes`
@@ -98,19 +103,24 @@ class EfficientSamMaskGenerator:
         Raises:
             TypeError, ValueError: for an unknown option or a wrong value, and for what is no image.
         """
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be a function of the finished fraction, or None, got {progress!r}")
         chosen = self.options.with_changes(options)
         if chosen.max_hole_area or chosen.max_sprinkle_area:
             label_regions()
         if not isinstance(images, (list, tuple)):
-            return self._generate([images], chosen)[0]
+            return self._generate([images], chosen, _Progress(progress, 1, chosen))[0]
+        steps = _Progress(progress, len(images), chosen)
         starts = range(0, len(images), IMAGES_AT_ONCE)
-        return [result for i in starts for result in self._generate(images[i : i + IMAGES_AT_ONCE], chosen)]
+        return [result for i in starts for result in self._generate(images[i : i + IMAGES_AT_ONCE], chosen, steps)]
 
-    def _generate(self, images: Sequence[Any], options: MaskGenerationOptions) -> list[dict[str, Any]]:
+    def _generate(
+        self, images: Sequence[Any], options: MaskGenerationOptions, progress: "_Progress"
+    ) -> list[dict[str, Any]]:
         """Results of a few images, whose crops pass the encoder together."""
         layouts = [self._crops(image, options) for image in images]
         embeddings = self._embeddings([crop for _, _, crops in layouts for crop in crops])
-        return [self._masks_of_image(boxes, points, embeddings, options) for boxes, points, _ in layouts]
+        return [self._masks_of_image(boxes, points, embeddings, options, progress) for boxes, points, _ in layouts]
 
     def _crops(self, image: Any, options: MaskGenerationOptions) -> tuple[torch.Tensor, torch.Tensor, list]:
         """Boxes of an image's crops, a grid for each, and the crops."""
@@ -132,13 +142,16 @@ class EfficientSamMaskGenerator:
             pixels = pixels["pixel_values"].to(parameter.device, parameter.dtype)
             yield from self.model.get_image_embeddings(pixels).split(1)
 
-    def _masks_of_image(self, boxes, points, embeddings: Iterator[torch.Tensor], options) -> dict[str, Any]:
+    def _masks_of_image(
+        self, boxes, points, embeddings: Iterator[torch.Tensor], options, progress: "_Progress"
+    ) -> dict[str, Any]:
         image_size = (int(boxes[0, 3]), int(boxes[0, 2]))
         found: list[FoundMask] = []
         for index, box in enumerate(boxes.tolist()):
             embedding = next(embeddings)
             side = grid_side(index, options.points_per_crop, options.crop_n_points_downscale_factor)
-            found += _Crop(self, embedding, points[0, : side**2, index], box, image_size, options).masks()
+            crop = _Crop(self, embedding, points[0, : side**2, index], box, image_size, options, progress)
+            found += crop.masks()
         if len(boxes) > 1:
             found = suppress(found, options.crops_nms_thresh, lambda mask: (mask.crop_area, -mask.score))
         if any(mask.changed for mask in found):
@@ -147,6 +160,30 @@ class EfficientSamMaskGenerator:
         if options.mask_nms_thresh is not None:
             found = suppress_alike(found, options.mask_nms_thresh, lambda mask: (mask.crop_area, -mask.score))
         return _result(found, image_size, options)
+
+
+class _Progress:
+    """Reports which fraction of its steps a call has finished: each crop's batches of points, and then its masks."""
+
+    def __init__(self, report: Callable[[float], None] | None, images: int, options: MaskGenerationOptions):
+        self.report, self.images, self.options = report, images, options
+        self.done = 0
+
+    def step(self) -> None:
+        """A batch of points, or a crop, is finished."""
+        self.done += 1
+        if self.report is not None:
+            self.report(self.done / self.total)
+
+    @cached_property
+    def total(self) -> int:
+        """Steps of all images. It is not asked for before crops are laid out, which refuses too many layers."""
+        options, steps = self.options, 0
+        for layer in range(options.crops_n_layers + 1):
+            first = (4**layer - 1) // 3  # of the layer's crops
+            points = grid_side(first, options.points_per_crop, options.crop_n_points_downscale_factor) ** 2
+            steps += 4**layer * (1 + math.ceil(points / (options.points_per_batch or points)))
+        return self.images * steps
 
 
 class _Crop:
@@ -160,7 +197,9 @@ class _Crop:
         box: list[int],
         image_size: tuple[int, int],
         options: MaskGenerationOptions,
+        progress: _Progress,
     ):
+        self.progress = progress
         self.decoder = EfficientSamFastDecoder(generator.model, embeddings)
         self.image_processor = generator.image_processor
         self.points, self.box, self.image_size, self.options = points, box, image_size, options
@@ -191,6 +230,7 @@ class _Crop:
                 boxes = torch.cat([boxes, torch.tensor([mask.box for mask in masks]).reshape(-1, 4)])
             if len(boxes) > before:
                 alive &= ~(_certain_iou(inner, outer, boxes[before:]) > self.options.nms_thresh).any(1)
+        self.progress.step()
         return found
 
     def _turn(self) -> int:
@@ -204,6 +244,7 @@ class _Crop:
         batch = self.options.points_per_batch or len(self.points)
         for start in range(0, len(self.points), batch):
             parts.append(self._filtered(start, min(start + batch, len(self.points)), held))
+            self.progress.step()
         candidates = Candidates.joined(parts)
         return candidates[candidates.scores.argsort(descending=True, stable=True)], held
 
@@ -433,10 +474,13 @@ class EfficientSamMaskGenerationPipeline(MaskGenerationPipeline):
             return image if timeout is None else io.BytesIO(download(image, timeout))
         return _decoded(image)
 
+    @property
+    def mask_generator(self) -> EfficientSamMaskGenerator:
+        """What the pipeline calls: it takes `progress` too."""
+        return EfficientSamMaskGenerator(self.model, self.image_processor)
+
     def _forward(self, model_inputs: dict[str, Any], **options: Any) -> dict[str, Any]:
-        return {
-            "results": EfficientSamMaskGenerator(self.model, self.image_processor)(model_inputs["images"], **options)
-        }
+        return {"results": self.mask_generator(model_inputs["images"], **options)}
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
         return model_outputs["results"]

@@ -7,6 +7,7 @@ from pathlib import Path
 from ..data.augmentation import Augmentation
 from ..data.mixture import MixtureSource, read_mixture, write_mixture
 from ..models.configuration_efficientsam import EfficientSamConfig
+from ..models.mask_cleaning_efficientsam import MaskCleaning
 from ..models.mask_generation_options_efficientsam import MaskGenerationOptions
 from .arguments import PictureArguments, option
 from .config_overrides import read_mapping, read_overrides
@@ -37,6 +38,11 @@ class FinetuneArguments(PictureArguments):
         "{}",
         "Options of segment-everything that the model's processor keeps, as YAML, over those of the checkpoint, e.g. "
         '"{crops_nms_thresh: 0.2}" for objects that never overlap.',
+    )
+    mask_cleaning: str = option(
+        "{}",
+        "How the model's processor makes masks whole, as YAML, over what the checkpoint says, e.g. "
+        '"{largest_part: true, fill_holes: 1.0, within_box: true}".',
     )
     gradient_checkpointing: bool = option(
         False, "Compute activations again in the backward pass: less memory, a third more time."
@@ -128,6 +134,7 @@ class FinetuneArguments(PictureArguments):
         self._check_parts()
         self.overrides()
         self.generation_options()
+        self.cleaning_options()
         self.sampling()
 
     def _check_data(self) -> None:
@@ -212,6 +219,15 @@ class FinetuneArguments(PictureArguments):
             MaskGenerationOptions().with_changes(options)
         except (TypeError, ValueError) as error:
             raise ValueError(f"mask_generation: {error}") from None
+        return options
+
+    def cleaning_options(self) -> dict:
+        """What the model's processor keeps of `MaskCleaning`."""
+        options = read_mapping(self.mask_cleaning, "mask_cleaning")
+        try:
+            MaskCleaning().with_changes(options)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"mask_cleaning: {error}") from None
         return options
 
     def sampling(self) -> PromptSampling:

@@ -168,6 +168,43 @@ class Trainer:
                 self._after_step(bar, progress)
             return self._finish(progress)
 
+    def plan(self) -> dict[str, Any] | None:
+        """How many steps `max_minutes` will give, judged by a step of each stage; None without, or to go on.
+
+        {"steps", "images", "stages": [{"image_size", "steps"}]}. Nothing is learned by these steps, and they are not
+        counted. Every process must come here.
+        """
+        limit = self.arguments
+        if not limit.max_minutes or limit.resume:
+            return None
+        starts = [stage.start for stage in self.stages] + [1.0]
+        seconds = [60 * limit.max_minutes * (end - start) for start, end in zip(starts, starts[1:])]
+        steps = [int(time / self._time_step(stage)) for time, stage in zip(seconds, self.stages)]
+        images = sum(
+            count * stage.batch_size * limit.gradient_accumulation * self.accelerator.num_processes
+            for count, stage in zip(steps, self.stages)
+        )
+        stages = [{"image_size": stage.image_size, "steps": count} for count, stage in zip(steps, self.stages)]
+        plan = {"steps": min(sum(steps), limit.max_steps or sum(steps)), "images": images, "stages": stages}
+        self.log("plan", **plan)
+        return plan
+
+    def _time_step(self, stage: Stage) -> float:
+        """Seconds of the second of two steps at a stage, without the optimizer's part."""
+        self.module.train()
+        batches = iter(self.batches(0, stage))
+        for _ in range(2):
+            begin = time.monotonic()
+            for _ in range(self.arguments.gradient_accumulation):
+                batch = send_to_device(next(batches), self.accelerator.device)
+                with self.accelerator.autocast():
+                    output = self.module(batch)
+                self.accelerator.backward(output["loss"])
+            gathered(output["loss"].detach()).item()  # waits for the device
+            for optimizer in self.optimizers:
+                optimizer.zero_grad(set_to_none=True)
+        return time.monotonic() - begin
+
     def _set_up_periods(self) -> None:
         a, now = self.arguments, self.elapsed()
         self.checkpoint_due = Due(a.checkpoint_every, a.checkpoint_minutes, now)
