@@ -234,7 +234,7 @@ def stand_in_for_opencv() -> SimpleNamespace:
 
     constants = {"GC_BGD": 0, "GC_FGD": 1, "GC_PR_BGD": 2, "GC_PR_FGD": 3, "GC_INIT_WITH_MASK": 1}
     functions = {"grabCut": grab_cut, "connectedComponents": connected_components, "setRNGSeed": lambda seed: None}
-    return SimpleNamespace(**constants, **functions)
+    return SimpleNamespace(**constants, **functions, error=RuntimeError)
 
 
 def clothing_source(command: ModuleType, folder: Path) -> tuple[Path, list[str]]:

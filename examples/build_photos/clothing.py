@@ -86,7 +86,10 @@ def _grab(pixels: np.ndarray, start: np.ndarray, cv2: Any) -> np.ndarray:
     """Foreground by GrabCut from a first guess (h, w) of its four classes -> (h, w) bool."""
     cv2.setRNGSeed(0)
     models = np.zeros((1, 65)), np.zeros((1, 65))
-    cv2.grabCut(pixels, start, None, *models, ITERATIONS, cv2.GC_INIT_WITH_MASK)
+    try:
+        cv2.grabCut(pixels, start, None, *models, ITERATIONS, cv2.GC_INIT_WITH_MASK)
+    except cv2.error as error:
+        raise ValueError(f"GrabCut fails: {error}") from error
     return (start == cv2.GC_FGD) | (start == cv2.GC_PR_FGD)
 
 

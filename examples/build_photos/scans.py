@@ -13,7 +13,7 @@ from PIL import Image
 
 VIEWS = 6
 FINER = 2  # drawn larger by this and reduced, which makes soft edges
-DENSITY = 1.5  # points per pixel along the longest edge of a triangle
+DENSITY = 1.25  # points per pixel along the longest edge of a triangle; from 2 / sqrt(3) on every pixel gets one
 POINTS_AT_ONCE = 1_000_000
 LARGEST_TEXTURE = 1024  # pixels a side; more of it than pixels of the picture would flicker
 AMBIENT = 0.55  # brightness of what no light falls on
@@ -111,7 +111,7 @@ def _splat(seen: np.ndarray, mesh: Mesh, shade: np.ndarray, side: int) -> Image.
     nearest = np.full(side * side, -np.inf)
     colors = np.zeros((side * side, 4), np.uint8)
     edges = np.linalg.norm(seen[..., :2] - np.roll(seen[..., :2], 1, axis=1), axis=2).max(1)
-    steps = 2 ** np.ceil(np.log2(np.maximum(1, edges * DENSITY))).astype(int)
+    steps = np.ceil(2 ** (np.ceil(4 * np.log2(np.maximum(1, edges * DENSITY))) / 4)).astype(int)  # few different ones
     for count in np.unique(steps):
         weights = _lattice(int(count))
         members = np.flatnonzero(steps == count)
