@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from efficientsam_hf import EfficientSamImageProcessor, EfficientSamMaskGenerator, EfficientSamPredictor
-from efficientsam_hf.models.mask_cleaning_efficientsam import (
-    MaskCleaning,
-    _clean_together,
-    clean_logits,
-    clean_masks,
-    label_parts,
-)
+from efficientsam_hf.models.mask_cleaning_efficientsam import MaskCleaning, Parts, clean_logits
 
 
 def draw(*rows: str) -> torch.Tensor:
@@ -38,31 +32,32 @@ RING = (".....", ".###.", ".#.#.", ".###.", ".....")
 @pytest.mark.parametrize("corners", [True, False])
 def test_parts_are_those_of_scipy(corners: bool) -> None:
     ndimage = pytest.importorskip("scipy.ndimage")
-    masks = (
-        torch.rand(40, 17, 23, generator=torch.Generator().manual_seed(0)) < torch.linspace(0, 1, 40)[:, None, None]
-    )
-    parts = label_parts(masks, corners).numpy()
-    assert len(np.unique(parts[parts > 0])) == sum(
-        ndimage.label(mask, np.ones((3, 3)) if corners else None)[1] for mask in masks.numpy()
-    )
-    for mask, own in zip(masks.numpy(), parts):
+    generator = np.random.default_rng(0)
+    for share in np.linspace(0, 1, 40):
+        mask = generator.random((17, 23)) < share
+        parts = Parts.of(mask, corners)
+        own = np.zeros(mask.shape, int)
+        for number, row, start, end in zip(parts.numbers, parts.rows, parts.starts, parts.ends):
+            own[row, start:end] = number + 1
         expected, count = ndimage.label(mask, np.ones((3, 3)) if corners else None)
-        assert len(set(zip(own.ravel(), expected.ravel()))) == count + (not mask.all())
+        assert ((own > 0) == mask).all()
+        assert len(set(zip(own.ravel(), expected.ravel()))) == count + (not mask.all()) == len(np.unique(own))
+        for number, area in zip(parts.numbers, parts.areas):
+            assert area == (own == number + 1).sum()
 
 
 def test_a_spiral_is_one_part() -> None:
-    spiral = torch.zeros(1, 41, 41, dtype=torch.bool)
+    spiral = np.zeros((41, 41), bool)
     x = y = 0
     dx, dy, side = 1, 0, 40
     while side > 0:
         for _ in range(2):
             for _ in range(side):
-                spiral[0, y, x] = True
+                spiral[y, x] = True
                 x, y = x + dx, y + dy
             dx, dy = -dy, dx
         side -= 2
-    parts = label_parts(spiral, corners=False)
-    assert len(parts[parts > 0].unique()) == 1
+    assert len(set(Parts.of(spiral, corners=False).numbers)) == 1
 
 
 def test_the_clicked_part_stays_and_without_a_click_the_largest() -> None:
@@ -119,10 +114,6 @@ def test_objects_and_masks_are_cleaned_one_by_one() -> None:
             prompts = {"clicks": clicks[one], "labels": labels[one], "boxes": boxes[one]}
             alone = clean_logits(logits[one, m : m + 1], options, **prompts)
             assert torch.equal(alone[0, 0], together[q, m])
-    masks = logits >= 0  # what a GPU does with all at once, a CPU does mask by mask within its box
-    at_once = _clean_together(masks, options, clicks, labels, boxes)
-    assert torch.equal(clean_masks(masks, options, clicks, labels, boxes), at_once)
-    assert torch.equal(together >= 0, at_once)
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,17 @@ from PIL import Image
 from pycocotools.coco import COCO
 from space_server import SPACE, Refused, SpaceServer, Visitor, call, save_model_with_code
 
-from efficientsam_hf import EfficientSamModel, EfficientSamPredictor, EfficientSamProcessor, default_checkpoint
+from efficientsam_hf import (
+    EfficientSamImageProcessor,
+    EfficientSamMaskGenerationPipeline,
+    EfficientSamMaskGenerator,
+    EfficientSamModel,
+    EfficientSamPredictor,
+    EfficientSamProcessor,
+    default_checkpoint,
+)
 from efficientsam_hf.cli import demo, main
+from efficientsam_hf.models.mask_cleaning_efficientsam import label_parts
 from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle
 
 
@@ -37,7 +46,7 @@ import rle
 import segmenting
 import sessions
 import widgets
-from actions import parse_coordinates
+from actions import advice, parse_coordinates
 
 
 COFFEE = (SPACE / "examples" / "coffee.jpg").read_bytes()
@@ -423,7 +432,8 @@ blocks = served.pop("blocks")
 served.pop("theme")
 functions = blocks.fns.values()
 limited = SimpleNamespace(
-    name="a/b", lowest_thresholds=(0.3, 0.5), predicted_iou=0.5, stability=0.6, background_points=False
+    name="a/b", lowest_thresholds=(0.3, 0.5), predicted_iou=0.5, stability=0.6, background_points=False,
+    can_clean=False, whole=False, grid=20, grids=[8, 16, 20, 24, 32],
 )
 by_name = {block.elem_id: block for block in blocks.blocks.values() if getattr(block, "elem_id", None)}
 made = widgets.cached_file(b"private", "made.txt", by_name["files"])
@@ -431,7 +441,9 @@ thumbnail = widgets.view_file(Image.new("RGB", (4, 4)), by_name["gallery"])
 delete_files_created_by_app(blocks, age=0)
 icons = [Path(b.icon["path"]) for b in blocks.blocks.values() if isinstance(b, gr.Button) and b.icon]
 with gr.Blocks():
-    kinds = widgets.build_widgets(limited).kind.choices
+    of_limited = widgets.build_widgets(limited)
+made_for = {"today": SimpleNamespace(**{**vars(limited), "can_clean": True}), "limited": limited}
+described = {name: app.build(segmenter).get_api_info()["named_endpoints"] for name, segmenter in made_for.items()}
 facts = {
     "code": code,
     "file": app.__file__,
@@ -442,7 +454,14 @@ facts = {
     "icons_stay": all(map(Path.is_file, icons)) and len(icons),
     "made_goes": not Path(made).exists() and not Path(thumbnail).exists(),
     "title": next(block.value for block in blocks.blocks.values() if block.elem_id == "title"),
-    "kinds_without_background": [value for _, value in kinds],
+    "kinds_without_background": [value for _, value in of_limited.kind.choices],
+    "whole": [by_name["whole"].visible, by_name["whole"].value, of_limited.whole.visible],
+    "grids": [[grid.value, [value for _, value in grid.choices]] for grid in (by_name["grid"], of_limited.grid)],
+    "takes": {
+        name: {call: [p["parameter_name"] for p in value["parameters"]] for call, value in calls.items()}
+        for name, calls in described.items()
+    },
+    "usual_grid": described["limited"]["/segment_everything"]["parameters"][1]["parameter_default"],
 }
 print(json.dumps(facts, default=str))
 """
@@ -483,6 +502,25 @@ def test_cleaning_takes_what_was_made_and_leaves_the_page(demo_facts: dict) -> N
 
 def test_checkpoints_without_background_points_offer_none(demo_facts: dict) -> None:
     assert demo_facts["kinds_without_background"] == ["Object"]
+
+
+def shipped() -> EfficientSamImageProcessor:
+    """The image processor of the checkpoint that the demo shows without a name."""
+    return EfficientSamImageProcessor.from_pretrained(default_checkpoint())
+
+
+def test_whole_masks_are_on_offer_where_the_code_of_the_model_knows_them(demo_facts: dict) -> None:
+    assert demo_facts["whole"] == [True, any(shipped().mask_cleaning.values()), False]
+    today, older = demo_facts["takes"]["today"], demo_facts["takes"]["limited"]
+    assert today["/segment_points"] == ["image", "points", "labels", "whole"]
+    assert today["/segment_box"] == ["image", "box", "whole"]
+    assert older["/segment_points"] == ["image", "points", "labels"] and older["/segment_box"] == ["image", "box"]
+
+
+def test_the_grid_of_the_checkpoint_is_the_usual_one(demo_facts: dict) -> None:
+    usual = shipped().mask_generation.get("points_per_crop", 32)
+    assert demo_facts["grids"] == [[usual, sorted({8, 16, 24, 32, usual})], [20, [8, 16, 20, 24, 32]]]
+    assert demo_facts["usual_grid"] == 20
 
 
 def test_missing_setting_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -591,6 +629,122 @@ def test_demo_refuses_in_one_line(arguments, message: str, tmp_path: Path, monke
     assert message in capsys.readouterr().err
 
 
+# The model
+
+
+@pytest.fixture(scope="module")
+def coffee_picture() -> Image.Image:
+    return Image.open(io.BytesIO(COFFEE)).convert("RGB")
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> segmenting.Segmenter:
+    """The model of the server, in this process."""
+    return segmenting.Segmenter(default_checkpoint(), trust_remote_code=False)
+
+
+def save_with(folder: Path, **options: dict) -> segmenting.Segmenter:
+    """The checkpoint that ships, with other options in its image processor."""
+    EfficientSamModel.from_pretrained(default_checkpoint()).save_pretrained(folder)
+    processor = EfficientSamProcessor.from_pretrained(default_checkpoint())
+    for name, value in options.items():
+        setattr(processor.image_processor, name, value)
+    processor.save_pretrained(folder)
+    return segmenting.Segmenter(str(folder), trust_remote_code=False)
+
+
+def parts_and_holes(mask: np.ndarray) -> tuple[int, int]:
+    numbers = [
+        label_parts(torch.from_numpy(mask)[None]).unique(),
+        label_parts(torch.from_numpy(np.pad(~mask, 1, constant_values=True))[None], corners=False).unique(),
+    ]
+    parts, around = (int((value > 0).sum()) for value in numbers)
+    return parts, around - 1
+
+
+def is_whole(mask: np.ndarray) -> bool:
+    return parts_and_holes(mask) == (1, 0)
+
+
+def drawn_candidates() -> segmenting.Candidates:
+    """A large part, and a ring that was clicked and reaches over the right side of its box, at x = 300 of 600."""
+    logits = torch.full((1, 128, 128), -6.0)
+    logits[0, 10:50, 10:80] = 6.0
+    logits[0, 20:40, 20:40] = -6.0
+    logits[0, 60:120, 5:120] = 6.0
+    prompts = {
+        "input_points": torch.tensor([[[[60.0, 60.0]]]]),
+        "input_labels": torch.tensor([[[1]]]),
+        "input_boxes": torch.tensor([[[4.0, 4.0, 256.0, 400.0]]]),
+    }
+    return segmenting.Candidates(logits, [0.9], (400, 600), prompts, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("own", "parts", "holes", "cut"), [({}, 1, 0, True), ({"largest_part": True}, 1, 1, False)], ids=["none", "some"]
+)
+def test_masks_are_whole_as_the_checkpoint_says(tmp_path: Path, own: dict, parts: int, holes: int, cut: bool) -> None:
+    segmenter = save_with(tmp_path, mask_cleaning=own)
+    assert segmenter.can_clean and segmenter.whole == bool(own)
+    candidates = drawn_candidates()
+    for height, width in ((400, 600), (800, 1200), (214, 320)):
+        at = [segmenter.masks(candidates, (height, width), value)[0] for value in (None, True, False)]
+        usual, whole, plain = at
+        assert (usual == (whole if own else plain)).all()
+        assert parts_and_holes(plain) == (2, 1) and parts_and_holes(whole) == (parts, holes)
+        assert (
+            whole[height // 8, width // 8] and not whole[7 * height // 10].any()
+        )  # the clicked part, not the large one
+        assert whole[:, width // 2 :].any() != cut and plain[:, width // 2 :].any()
+    assert (segmenter.full_masks(candidates, True)[0] == segmenter.masks(candidates, (400, 600), True)[0]).all()
+
+
+def test_everything_has_the_options_of_the_checkpoint(tmp_path: Path, coffee_picture) -> None:
+    options = {"points_per_crop": 4, "pred_iou_thresh": 0.2, "stability_score_thresh": 0.4, "crops_nms_thresh": 1.0}
+    counts = []
+    for limit in (0.05, 1.0):
+        segmenter = save_with(tmp_path, mask_generation={**options, "mask_nms_thresh": limit})
+        assert segmenter.grid == 4 and segmenter.grids == [4, 8, 16, 24, 32]
+        told: list[float] = []
+        found = segmenter.everything(coffee_picture, 4, told.append)
+        assert found.grid == 4 and told == [0.5, 1.0]
+        counts.append(len(found.masks))
+    assert 0 < counts[0] < counts[1]
+    assert found.only(np.array([1, 0])).areas.tolist() == found.areas[[1, 0]].tolist()
+
+
+def test_the_older_code_of_a_model_works_as_it_did(
+    monkeypatch, coffee_picture, segmenter: segmenting.Segmenter
+) -> None:
+    candidates = segmenter.segment(coffee_picture, [[463, 260]], [1], None)
+    plain = segmenter.full_masks(candidates, False)
+    newer = EfficientSamImageProcessor.post_process_masks
+
+    def older(self, masks, original_sizes, reshaped_input_sizes=None, mask_threshold=0.0, binarize=True):
+        return newer(self, masks, original_sizes, None, mask_threshold, binarize, **segmenting.AS_PREDICTED)
+
+    def forward(self, inputs, **options):
+        return {"results": EfficientSamMaskGenerator(self.model, self.image_processor)(inputs["images"], **options)}
+
+    monkeypatch.setattr(EfficientSamImageProcessor, "post_process_masks", older)
+    monkeypatch.setattr(EfficientSamMaskGenerationPipeline, "_forward", forward)
+    monkeypatch.delattr(EfficientSamMaskGenerationPipeline, "mask_generator")
+    before = segmenting.Segmenter(default_checkpoint(), trust_remote_code=False)
+    assert not before.can_clean and not before.whole
+    for whole in (None, True, False):
+        assert differ(before.full_masks(before.segment(coffee_picture, [[463, 260]], [1], None), whole), plain) < SAME
+    told: list[float] = []
+    assert before.everything(coffee_picture, 8, told.append).milliseconds > 0 and not told
+
+
+def test_a_low_score_says_what_helps() -> None:
+    point, box = sessions.Prompts([sessions.Click(5, 5, 1)]), sessions.Prompts([sessions.Click(1, 1, None)])
+    box.clicks.append(sessions.Click(9, 9, None))
+    assert advice(0.5, point) == ""
+    assert advice(0.49, point) == "The score is low: a box, or another click, says more. "
+    assert advice(0.49, box) == "The score is low: another click says more. "
+
+
 # The server
 
 
@@ -686,8 +840,6 @@ def test_box_through_a_client(client, coffee, own_answer) -> None:
 
 def test_everything_through_a_client(client, coffee, predictor, threads) -> None:
     torch.set_num_threads(1)
-    from efficientsam_hf import EfficientSamMaskGenerator
-
     coco, numbers = client.predict(
         image=coffee, grid=8, predicted_iou=0.4, stability=0.55, api_name="/segment_everything"
     )
@@ -721,7 +873,7 @@ def test_calls_describe_themselves(client) -> None:
     assert set(described) == {"/segment_points", "/segment_box", "/segment_everything"}
     assert all(endpoint["description"] for endpoint in described.values())
     names = [parameter["parameter_name"] for parameter in described["/segment_points"]["parameters"]]
-    assert names == ["image", "points", "labels"]
+    assert names == ["image", "points", "labels", "whole"]
     assert described["/segment_box"]["parameters"][1]["type"] == {"type": "array", "items": {"type": "number"}}
 
 
@@ -732,8 +884,8 @@ def test_bad_calls_are_answered_readably(client, coffee) -> None:
         ("/segment_points", {"points": "[" * 5000}, "list, as JSON"),
         ("/segment_points", {"points": "x" * 20_000}, "list of"),
         ("/segment_box", {"box": [5, 5, 4, 4]}, "empty"),
-        ("/segment_everything", {"grid": 5000}, "grid must be one of 8, 16, 32"),
-        ("/segment_everything", {"grid": 8.5}, "grid must be one of 8, 16, 32"),
+        ("/segment_everything", {"grid": 5000}, "grid must be one of 8, 16, 24, 32"),
+        ("/segment_everything", {"grid": 8.5}, "grid must be one of 8, 16, 24, 32"),
         ("/segment_everything", {"grid": 8, "stability": 3}, "number from 0 to 1"),
     ]
     for name, inputs, message in cases:
@@ -743,11 +895,13 @@ def test_bad_calls_are_answered_readably(client, coffee) -> None:
 
 def test_numbers_that_json_does_not_have(server: SpaceServer, visitor: Visitor) -> None:
     image = json.dumps(visitor.upload(COFFEE, "coffee.jpg"))
+    with pytest.raises(Refused, match="whole must be true or false, got yes"):
+        call(server.url, "segment_box", f'{{"data": [{image}, [1, 2, 30, 40], "yes"]}}')
     for number in ("NaN", "Infinity", "1e999", "-1e300", "9" * 400):
         with pytest.raises(Refused, match="two numbers of pixels"):
-            call(server.url, "segment_points", f'{{"data": [{image}, [[{number}, 2]], [1]]}}')
+            call(server.url, "segment_points", f'{{"data": [{image}, [[{number}, 2]], [1], null]}}')
         with pytest.raises(Refused, match="four numbers of pixels"):
-            call(server.url, "segment_box", f'{{"data": [{image}, [1, 2, {number}, 9]]}}')
+            call(server.url, "segment_box", f'{{"data": [{image}, [1, 2, {number}, 9], null]}}')
         with pytest.raises(Refused, match="grid must be one of"):
             call(server.url, "segment_everything", f'{{"data": [{image}, {number}, null, null]}}')
         with pytest.raises(Refused, match="from 0 to 1"):
@@ -768,7 +922,7 @@ def test_server_survives_hostile_files(server: SpaceServer, visitor: Visitor, na
     with pytest.raises(Refused, match=message):
         visitor.load(content, name)
     with pytest.raises(Refused, match=message):
-        call(server.url, "segment_points", json.dumps({"data": [visitor.upload(content, name), [[1, 1]], [1]]}))
+        call(server.url, "segment_points", json.dumps({"data": [visitor.upload(content, name), [[1, 1]], [1], None]}))
     assert "Decoded" in status(visitor.click(600, 400))  # on the picture that was there before
 
 
@@ -779,7 +933,7 @@ def test_other_files_of_the_server_are_out_of_reach(server: SpaceServer, visitor
     for path in map(str, paths):
         for image in ({"path": path}, {"path": path, "meta": meta}, {"path": path, "url": "data:image/png;base64,A"}):
             with pytest.raises(Refused):
-                call(server.url, "segment_points", json.dumps({"data": [image, [[1, 1]], [1]]}))
+                call(server.url, "segment_points", json.dumps({"data": [image, [[1, 1]], [1], None]}))
             with pytest.raises(Refused):
                 visitor.send("load", image)
         with pytest.raises(OSError, match="403|404"):
@@ -792,7 +946,7 @@ def test_names_that_look_like_paths_stay_in_the_cache(server: SpaceServer, visit
     for name in ("../../../evil.jpg", "/etc/evil.jpg", "..\\evil.jpg", "a" * 300 + ".jpg", ".hidden.jpg"):
         image = visitor.upload(CAT, name)
         assert Path(image["path"]).resolve().is_relative_to(server.cache.resolve())
-        coco, _ = call(server.url, "segment_points", json.dumps({"data": [image, [[200, 150]], [1]]}))
+        coco, _ = call(server.url, "segment_points", json.dumps({"data": [image, [[200, 150]], [1], None]}))
         assert "/" not in coco["images"][0]["file_name"] and "\\" not in coco["images"][0]["file_name"]
     assert {path for path in server.folder.rglob("*") if server.cache not in path.parents} == before
 
@@ -880,10 +1034,10 @@ def test_everything_is_filtered_without_computing_again(visitor: Visitor) -> Non
     visitor.look["mode"] = "Everything"
     assert "Nothing searched" in status(visitor.send("change_mode"))
     first = visitor.send("find_everything", 8)
-    shown, found, took = re.search(r"(\d+) of (\d+) masks shown. Found in ([\d.]+) s", status(first)).groups()
+    shown, found, took = re.search(r"(\d+) of (\d+) masks shown. Searched in ([\d.]+) s", status(first)).groups()
     visitor.look |= {"predicted_iou": 0.3, "stability": 0.5}
     more = visitor.send("redraw")
-    assert f"{found} of {found} masks shown. Found in {took} s" in status(more)
+    assert f"{found} of {found} masks shown. Searched in {took} s with a grid of 8 x 8 points." in status(more)
     assert 0 < int(shown) < int(found) == more["table"].count('<th scope="row">')
     files = visitor.mask_files()
     coco = json.loads(files["masks.json"])
@@ -900,6 +1054,86 @@ def test_everything_is_filtered_without_computing_again(visitor: Visitor) -> Non
         visitor.mask_files()
     with pytest.raises(Refused):
         visitor.send("find_everything", 500)
+
+
+def test_everything_tells_its_progress(visitor: Visitor, monkeypatch: pytest.MonkeyPatch) -> None:
+    visitor.load(COFFEE)
+    visitor.look["mode"] = "Everything"
+    messages: list[dict] = []
+    listen = visitor._messages
+    monkeypatch.setattr(visitor, "_messages", lambda: (messages.append(message) or message for message in listen()))
+    visitor.send("find_everything", 16)
+    told = [part for message in messages if message["msg"] == "progress" for part in message["progress_data"]]
+    assert told and all(0 <= part["progress"] <= 1 and part["desc"] == "Searching" for part in told)
+
+
+def took(text: str) -> tuple[str, ...]:
+    """How long decoding and encoding took, as the page says it."""
+    return re.search(r"Decoded in ([\d,]+ ms), the picture encoded once in ([\d,]+ ms)", text).groups()
+
+
+@pytest.fixture(scope="module")
+def ragged(segmenter: segmenting.Segmenter, coffee_picture) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+    """A pixel of the view, and the mask that the model has for it: not whole, and made whole."""
+    for place in ((926, 520), (580, 360), (1000, 200), (200, 200), (520, 340), (600, 600), (300, 700)):
+        point = drawing.view_to_picture(place, (1200, 800), (600, 400))
+        candidates = segmenter.segment(coffee_picture, [point], [1], None).only(0)
+        plain, whole = (segmenter.full_masks(candidates, value)[0] for value in (False, True))
+        if not is_whole(plain) and differ(plain, whole) > 2 * SAME:
+            return place, plain, whole
+    raise AssertionError("all masks are whole: add clicks")
+
+
+def test_whole_masks_are_a_switch_that_decodes_nothing(visitor: Visitor, ragged) -> None:
+    place, plain, whole = ragged
+    usual = any(shipped().mask_cleaning.values())
+    assert visitor.load(COFFEE, "coffee.jpg")["whole"] is usual
+    shown = {usual: visitor.click(*place)}
+    assert differ(read_mask(visitor.mask_files()["mask.png"]), whole if usual else plain) < SAME
+    shown[not usual] = visitor.send("make_whole", not usual)
+    assert took(status(shown[True])) == took(status(shown[False]))
+    assert shown[True]["canvas"]["path"] != shown[False]["canvas"]["path"]
+    assert len(shown[not usual]["gallery"]["value"]) == 3 and shown[not usual]["files"] is None
+    assert differ(read_mask(visitor.mask_files()["mask.png"]), plain if usual else whole) < SAME
+    assert is_whole(whole)
+    again = visitor.send("make_whole", usual)
+    assert again["canvas"]["path"] == shown[usual]["canvas"]["path"]
+
+
+def test_the_switch_stays_as_the_visitor_left_it(visitor: Visitor) -> None:
+    visitor.load(COFFEE, "coffee.jpg")
+    for whole in (True, False):
+        visitor.send("make_whole", whole)
+        assert visitor.load(CAT, "cat.jpg")["whole"] is whole
+        visitor.send("leave")
+        assert visitor.load(COFFEE)["whole"] is whole
+    visitor.send("make_whole", True)
+    visitor.click(580, 360)
+    assert is_whole(read_mask(visitor.mask_files()["mask.png"]))
+
+
+def test_whole_masks_end_at_their_box_at_every_size(visitor: Visitor) -> None:
+    photo = Image.open(io.BytesIO(COFFEE)).resize((1800, 1200))
+    visitor.load(to_bytes(photo, "JPEG", quality=85), "large.jpg")
+    visitor.send("make_whole", True)
+    visitor.send("add", "600, 200, 1100, 700")
+    files = visitor.mask_files()
+    mask = read_mask(files["mask.png"])
+    assert is_whole(mask) and mask[200:700, 600:1100].sum() == mask.sum() > 1000
+    with Image.open(io.BytesIO(files["cutout.png"])) as cutout:
+        assert cutout.width <= 500 and cutout.height <= 500
+
+
+@pytest.mark.parametrize("kind", ["points", "box"])
+def test_whole_masks_through_a_client(client, coffee, coffee_picture, segmenter, kind: str) -> None:
+    prompt = {"points": [[463, 260]]} if kind == "points" else {"box": [172, 17, 410, 305]}
+    candidates = segmenter.segment(
+        coffee_picture, prompt.get("points", []), [1][: kind == "points"], prompt.get("box")
+    )
+    for whole in ({"whole": True}, {"whole": False}, {}):
+        coco, mask = client.predict(image=coffee, **prompt, **whole, api_name=f"/segment_{kind}")
+        assert differ(masks_of(coco), segmenter.full_masks(candidates, whole.get("whole"))) < SAME
+        assert differ(read_mask(mask), masks_of(coco)[0]) == 0
 
 
 def test_sessions_do_not_see_each_other(server: SpaceServer, own_answer) -> None:

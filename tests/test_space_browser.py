@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from space_server import SPACE, SpaceServer, save_model_with_code
 
@@ -290,6 +291,26 @@ def test_another_of_the_three_masks(tab: Tab, predictor: EfficientSamPredictor) 
     expect(tab.page.locator("#gallery button.selected img")).to_have_attribute("alt", f"IoU {np.sort(scores)[1]:.2f}")
 
 
+def test_whole_masks_are_a_switch(tab: Tab, predictor: EfficientSamPredictor) -> None:
+    tab.upload(COFFEE)
+    expect(tab.page.locator("#whole")).to_be_hidden()
+    point = tab.click(SAUCER, "Decoded in")
+    low = torch.from_numpy(predictor.predict([point])[2])[None, None]
+    prompts = predictor.processor(original_sizes=[SIZE[::-1]], input_points=[[[point]]], return_tensors="pt")
+    best_first = low[:, :, np.argsort(-predictor.predict([point])[1]).tolist()]
+    switch, took = tab.page.get_by_role("checkbox", name="Whole masks"), tab.status().partition("Decoded in")[2]
+    for whole in (not switch.is_checked(), switch.is_checked()):
+        tab.files()
+        switch.set_checked(whole)
+        expect(tab.page.locator("#files a")).to_have_count(0)
+        cleaning = {"largest_part": whole, "fill_holes": 10.0 * whole, "within_box": whole}
+        own = predictor.processor.post_process_masks(best_first, [SIZE[::-1]], prompts=prompts, **cleaning)[0][0, 0]
+        assert differ(tab.mask(), own.numpy()) < SAME
+        assert tab.status().partition("Decoded in")[2] == took
+    tab.press("Reset")
+    expect(tab.page.locator("#whole")).to_be_hidden()
+
+
 def test_transparency_is_drawn_anew(tab: Tab) -> None:
     tab.upload(COFFEE)
     tab.click(SAUCER, "Decoded in")
@@ -306,7 +327,9 @@ def test_everything(tab: Tab) -> None:
     tab.page.locator("#grid").get_by_text("8 x 8").click()
     tab.press("Find everything")
     tab.wait_for_status("masks shown")
-    shown, found, took = re.search(r"(\d+) of (\d+) masks shown. (Found in .*)", tab.status()).groups()
+    shown, found, took = re.search(
+        r"(\d+) of (\d+) masks shown. (Searched in .* with a grid of 8 x 8 points)\.", tab.status()
+    ).groups()
     assert 0 < int(shown) < int(found)
     expect(tab.page.locator("#table tbody tr")).to_have_count(int(shown))
     for name in ("Predicted IoU at least", "Stability at least"):
@@ -433,6 +456,11 @@ def test_looks(open_tab: Callable[..., Tab], screenshots: Path, device: str, sch
     tab.page.locator("#kind").get_by_text("Background").click()
     tab.click(CUP, "Decoded in")
     tab.files()
+    switch = tab.page.get_by_role("checkbox", name="Whole masks")
+    if not switch.is_checked():
+        switch.check()
+        expect(tab.page.locator("#files a")).to_have_count(0)  # those before are out of date
+        tab.files()
     look("2-click")
     tab.press("Reset")
     tab.mode("Box")
@@ -441,9 +469,12 @@ def test_looks(open_tab: Callable[..., Tab], screenshots: Path, device: str, sch
     tab.click(BOX[1], "Decoded in")
     look("4-box")
     tab.mode("Everything")
+    tab.page.locator("#grid").get_by_text("16 x 16").click()
     tab.press("Find everything")
+    tab.page.locator("#canvas").get_by_text("Searching").wait_for()
+    look("5-searching")
     tab.wait_for_status("masks shown")
-    look("5-everything")
+    look("6-everything")
 
 
 def test_page_asks_nobody_else(tab: Tab, server: SpaceServer) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from gradio.utils import is_prop_update
 from pictures import InputError, open_picture, picture_name
 from PIL import Image
-from segmenting import Everything, Segmenter, check_grid, check_prompts
+from segmenting import LOW_PREDICTED_IOU, Everything, Segmenter, check_grid, check_prompts
 from sessions import Click, Prompts, Session, SessionsWithPictures
 from widgets import (
     BACKGROUND,
@@ -35,6 +35,8 @@ from widgets import (
 
 
 ROWS_SHOWN = 200
+PROGRESS = gr.Progress()  # as a parameter's default it asks gradio for a bar; it holds nothing of anybody
+SEARCHING = "Searching"
 GONE = "The picture is no longer here. Choose it again."
 Updates = dict[Any, Any]
 
@@ -204,14 +206,21 @@ class Actions:
         return self._shown(session, Look(*look), with_gallery=False)
 
     @handler
-    def find_everything(self, session: Session, grid: int, *look: Any) -> Updates:
+    def make_whole(self, session: Session, whole: bool, *look: Any) -> Updates:
+        """Show the masks whole, or as predicted; nothing is decoded again."""
+        session.whole = bool(whole)
+        return self._shown(session, Look(*look))
+
+    @handler
+    def find_everything(self, session: Session, grid: int, progress: gr.Progress = PROGRESS, *look: Any) -> Updates:
         """Segment everything with low thresholds, and keep it."""
-        check_grid(grid)
+        check_grid(grid, self.segmenter.grids)
         look = Look(*look)
         with session.lock:
             self._require_picture(session)
             picture, session.mode = session.picture, look.mode
-        found = self.segmenter.everything(picture, int(grid))
+        progress(0.0, desc=SEARCHING)
+        found = self.segmenter.everything(picture, int(grid), lambda fraction: progress(fraction, desc=SEARCHING))
         with session.lock:
             if session.picture is picture:
                 session.keep_everything(found)
@@ -239,7 +248,8 @@ class Actions:
         session.take(picture, picture_name(path), self.segmenter.embed(picture))
         w = self.widgets
         page = {w.start: gr.update(visible=False), w.work: gr.update(visible=True), w.upload: None, w.kind: OBJECT}
-        return {**page, **self._shown(session, look)}
+        whole = self.segmenter.whole if session.whole is None else session.whole
+        return {**page, w.whole: whole, **self._shown(session, look)}
 
     def _require_picture(self, session: Session) -> None:
         if session.picture is None:
@@ -300,11 +310,12 @@ class Actions:
         if candidates is None:
             shown[w.gallery] = None
         else:
-            mask = self.segmenter.masks(candidates.only(session.chosen), (canvas.height, canvas.width))[0]
+            chosen = candidates.only(session.chosen)
+            mask = self.segmenter.masks(chosen, (canvas.height, canvas.width), session.whole)[0]
             share = float(mask.mean())
             drawing.draw_mask(canvas, drawing.mask_window(mask), drawing.PALETTE[0], look.opacity)
             if with_gallery:
-                small = self.segmenter.masks(candidates, (session.small.height, session.small.width))
+                small = self.segmenter.masks(candidates, (session.small.height, session.small.width), session.whole)
                 shown[w.gallery] = gallery_update(session, small, w.gallery)
         draw_prompts(canvas, session)
         text = status_of_prompts(session, look.mode, share)
@@ -330,9 +341,10 @@ class Actions:
             if session.candidates is None:
                 raise InputError("There is no mask yet. Click on an object first.")
             chosen, picture, name = session.candidates.only(session.chosen), session.picture, session.name
-        mask = self.segmenter.full_masks(chosen)[0]
+            whole = session.whole
+        mask = self.segmenter.full_masks(chosen, whole)[0]
         overlay = drawing.overlay_of(picture)
-        shown = self.segmenter.masks(chosen, (overlay.height, overlay.width))[0]
+        shown = self.segmenter.masks(chosen, (overlay.height, overlay.width), whole)[0]
         drawing.draw_mask(overlay, drawing.mask_window(shown), drawing.PALETTE[0], look.opacity)
         coco = downloads.candidates_to_coco(name, mask[None], chosen.scores)
         return {
@@ -397,7 +409,7 @@ def gallery_update(session: Session, masks: np.ndarray, gallery: gr.Gallery) -> 
 
 
 def status_of_prompts(session: Session, mode: str, share: float) -> str:
-    """One or two sentences on where the visitor stands."""
+    """One to three sentences on where the visitor stands."""
     encoded = f"encoded once in {session.embedding.milliseconds:,.0f} ms"
     if session.prompts.corner is not None:
         return "First corner set. Click on the opposite corner."
@@ -407,17 +419,28 @@ def status_of_prompts(session: Session, mode: str, share: float) -> str:
         return f"{session.picture.width:,} x {session.picture.height:,} pixels, {encoded}."
     score = session.candidates.scores[session.chosen]
     return (
-        f"Predicted IoU {score:.2f}, {100 * share:.1f} % of the picture. Decoded in "
+        f"{advice(score, session.prompts)}Predicted IoU {score:.2f}, {100 * share:.1f} % of the picture. Decoded in "
         f"{session.candidates.milliseconds:,.0f} ms, the picture {encoded}."
     )
+
+
+def advice(score: float, prompts: Prompts) -> str:
+    """What helps where a score is low, as the command says it."""
+    if score >= LOW_PREDICTED_IOU:
+        return ""
+    more = "another click" if prompts.box is not None else "a box, or another click,"
+    return f"The score is low: {more} says more. "
 
 
 def status_of_everything(session: Session, shown: int) -> str:
     """How many masks there are, and what they took."""
     if session.everything is None:
         return f"{session.picture.width:,} x {session.picture.height:,} pixels. Nothing searched yet."
-    seconds = session.everything.milliseconds / 1000
-    return f"{shown} of {len(session.everything.masks)} masks shown. Found in {seconds:,.1f} s."
+    seconds, side = session.everything.milliseconds / 1000, session.everything.grid
+    return (
+        f"{shown} of {len(session.everything.masks)} masks shown. Searched in {seconds:,.1f} s with a grid of "
+        f"{side} x {side} points."
+    )
 
 
 def describe(found: Everything, index: int) -> str:

@@ -75,7 +75,7 @@ def _connect(w: Widgets, actions: Actions) -> None:
     session, look = w.session, w.look
     heavy = {"api_visibility": "private", **ENCODER}
     light = {"api_visibility": "private", "show_progress": "hidden", **DECODER}
-    start = {"outputs": [*w.shown, w.upload, w.kind], "show_progress_on": w.upload, **heavy}
+    start = {"outputs": [*w.shown, w.upload, w.kind, w.whole], "show_progress_on": w.upload, **heavy}
     # Choosing the camera or the clipboard already counts as input, of nothing; a picture that comes while that is
     # answered must not be dropped.
     uploaded = w.upload.input(actions.load, [session, w.upload, *look], trigger_mode="multiple", **start)
@@ -85,6 +85,7 @@ def _connect(w: Widgets, actions: Actions) -> None:
     w.run.click(actions.find_everything, [session, w.grid, *look], w.shown, show_progress_on=w.canvas, **heavy)
     w.canvas.select(actions.click, [session, *look], w.shown, trigger_mode="multiple", **light)
     w.gallery.select(actions.choose, [session, *look], w.shown, trigger_mode="always_last", **light)
+    w.whole.input(actions.make_whole, [session, w.whole, *look], w.shown, trigger_mode="always_last", **light)
     w.mode.input(actions.change_mode, [session, *look], [*w.shown, *w.controls], trigger_mode="always_last", **light)
     w.undo.click(actions.undo, [session, *look], w.shown, trigger_mode="multiple", **light)
     w.reset.click(actions.reset, [session, *look], w.shown, **light)

@@ -4,8 +4,10 @@
 Points and boxes are pixels of the picture, x to the right and y down; 0 <= x <= W and 0 <= y <= H are inside.
 """
 
+import contextvars
 import dataclasses
 import functools
+import inspect
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,13 +23,18 @@ from transformers import AutoProcessor, pipeline
 
 MAX_POINTS = 32
 LARGEST_NUMBER = 1e9  # beyond it a coordinate is no number of pixels
-GRIDS = (8, 16, 32)  # points per side that everything can be asked for
+GRIDS = (8, 16, 24, 32)  # points per side that everything can be asked for, beside the checkpoint's own
+USUAL_GRID = 32  # where the checkpoint says nothing
 # Everything is computed with thresholds as low as these (or the checkpoint's own, where those are lower) and kept.
 LOWEST_PREDICTED_IOU = 0.3
 LOWEST_STABILITY = 0.5
 # Where a checkpoint says nothing: those of Segment Anything.
 USUAL_PREDICTED_IOU = 0.88
 USUAL_STABILITY = 0.95
+LOW_PREDICTED_IOU = 0.5  # below it a mask may not be what was meant, and the page says so
+# By the names of the image processor's `mask_cleaning`: whole masks where a checkpoint leaves that open, and others.
+WHOLE = {"largest_part": True, "fill_holes": 10.0, "within_box": True}
+AS_PREDICTED = {"largest_part": False, "fill_holes": 0.0, "within_box": False}
 
 Box = tuple[float, float, float, float]
 
@@ -45,12 +52,14 @@ class Embedding:
 class Candidates:
     """Masks that one prompt can mean, the one with the highest predicted IoU first.
 
-    `logits` (M, h, w) at low resolution, `scores` (M) predicted IoU, `size` (height, width) of the picture.
+    `logits` (M, h, w) at low resolution, `scores` (M) predicted IoU, `size` (height, width) of the picture; `prompts`
+    as the processor returned them, by which masks are made whole at any size.
     """
 
     logits: torch.Tensor
     scores: list[float]
     size: tuple[int, int]
+    prompts: dict[str, torch.Tensor]
     milliseconds: float
 
     def only(self, rank: int) -> "Candidates":
@@ -60,13 +69,17 @@ class Candidates:
 
 @dataclass(frozen=True)
 class Everything:
-    """Masks of all that is in a picture, of the highest predicted IoU first: K run lengths, and (K) values of each."""
+    """Masks of all that is in a picture, of the highest predicted IoU first: K run lengths, and (K) values of each.
+
+    `grid` is the number of points per side that was asked for.
+    """
 
     masks: list[dict[str, Any]]
     scores: np.ndarray
     stability: np.ndarray
     areas: np.ndarray
     size: tuple[int, int]
+    grid: int
     milliseconds: float
 
     def above(self, predicted_iou: float, stability: float) -> np.ndarray:
@@ -75,14 +88,15 @@ class Everything:
 
     def only(self, kept: np.ndarray) -> "Everything":
         """These masks alone, by their numbers (N)."""
-        values = (self.scores[kept], self.stability[kept], self.areas[kept])
-        return Everything([self.masks[index] for index in kept], *values, self.size, self.milliseconds)
+        values = {name: getattr(self, name)[kept] for name in ("scores", "stability", "areas")}
+        return dataclasses.replace(self, masks=[self.masks[index] for index in kept], **values)
 
 
 def in_thread(name: str) -> Callable[[Callable], Callable]:
     """Run a method of Segmenter in its thread `name`, without gradients, and wait for it.
 
     gradio calls from dozens of threads. In each, torch would start workers of its own, and the allocator keep an area.
+    The context goes along: in it gradio finds whose progress it is.
     """
 
     def decorate(method: Callable) -> Callable:
@@ -90,7 +104,8 @@ def in_thread(name: str) -> Callable[[Callable], Callable]:
 
         @functools.wraps(method)
         def call(self: "Segmenter", *args: Any, **named: Any) -> Any:
-            return self.threads[name].submit(without_gradients, self, *args, **named).result()
+            context = contextvars.copy_context()
+            return self.threads[name].submit(context.run, without_gradients, self, *args, **named).result()
 
         return call
 
@@ -107,15 +122,28 @@ class Segmenter:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.name = model_id
         self.threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("encoder", "decoder")}
-        self.generator = pipeline(
-            "mask-generation", model=model_id, trust_remote_code=trust_remote_code, device=device
-        )
-        self.model = self.generator.model
+        self.pipeline = pipeline("mask-generation", model=model_id, trust_remote_code=trust_remote_code, device=device)
+        self.model = self.pipeline.model
         self.processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
-        options = getattr(self.processor.image_processor, "mask_generation", None) or {}
+        image_processor = self.processor.image_processor
+        self.cleaning = getattr(image_processor, "mask_cleaning", None) or {}
+        # The code beside a model can be older than this app.
+        self.can_clean = "prompts" in inspect.signature(image_processor.post_process_masks).parameters
+        options = getattr(image_processor, "mask_generation", None) or {}
+        self.grid = int(options.get("points_per_crop", USUAL_GRID))
         self.predicted_iou = float(options.get("pred_iou_thresh", USUAL_PREDICTED_IOU))
         self.stability = float(options.get("stability_score_thresh", USUAL_STABILITY))
         self.background_points = bool(getattr(self.processor, "background_points", True))
+
+    @property
+    def grids(self) -> list[int]:
+        """Points per side that everything can be asked for."""
+        return sorted({*GRIDS, self.grid})
+
+    @property
+    def whole(self) -> bool:
+        """Whether masks are made whole unless someone says otherwise."""
+        return self.can_clean and any(self.cleaning.values())
 
     @property
     def lowest_thresholds(self) -> tuple[float, float]:
@@ -149,12 +177,12 @@ class Segmenter:
             inputs = self.processor(original_sizes=[embedding.size], return_tensors="pt", **prompts)
         except ValueError as error:  # such as more prompts than the checkpoint takes
             raise InputError(str(error)) from error
-        inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-        outputs = self.model(image_embeddings=embedding.tensor, multimask_output=True, **inputs)
+        on_device = {name: value.to(self.model.device) for name, value in inputs.items()}
+        outputs = self.model(image_embeddings=embedding.tensor, multimask_output=True, **on_device)
         scores = outputs.iou_scores[0, 0].float().cpu()
         order = scores.argsort(descending=True, stable=True)
         logits = outputs.pred_masks[0, 0].float().cpu()[order]
-        return Candidates(logits, scores[order].tolist(), embedding.size, _milliseconds(start))
+        return Candidates(logits, scores[order].tolist(), embedding.size, dict(inputs), _milliseconds(start))
 
     def segment(self, picture: Image.Image, points: Any, labels: Any, box: Any) -> Candidates:
         """Encode and decode at once, for prompts that are checked before; arguments and errors of `decode`."""
@@ -162,44 +190,59 @@ class Segmenter:
         return self.decode(self.embed(picture), points, labels, box)
 
     @in_thread("decoder")
-    def masks(self, candidates: Candidates, size: tuple[int, int]) -> np.ndarray:
-        """The candidates at a size (height, width) of the screen: -> (M, H, W) bool."""
-        return self._masks(candidates, size)
+    def masks(self, candidates: Candidates, size: tuple[int, int], whole: bool | None = None) -> np.ndarray:
+        """The candidates at a size (height, width) of the screen, `whole` or as predicted: -> (M, H, W) bool.
+
+        What is left out is as the checkpoint has it; a model whose code does not know whole masks gives what it has.
+        """
+        return self._masks(candidates, size, whole)
 
     @in_thread("encoder")
-    def full_masks(self, candidates: Candidates) -> np.ndarray:
-        """The candidates at the size of the picture, which can take seconds: -> (M, H, W) bool."""
-        return self._masks(candidates, candidates.size)
+    def full_masks(self, candidates: Candidates, whole: bool | None = None) -> np.ndarray:
+        """The same at the size of the picture, which can take seconds."""
+        return self._masks(candidates, candidates.size, whole)
 
-    def _masks(self, candidates: Candidates, size: tuple[int, int]) -> np.ndarray:
-        return self.processor.post_process_masks(candidates.logits[None, None], [size])[0][0].numpy()
+    def _masks(self, candidates: Candidates, size: tuple[int, int], whole: bool | None) -> np.ndarray:
+        options: dict[str, Any] = {}
+        if self.can_clean:
+            whole = self.whole if whole is None else whole
+            cleaning = (self.cleaning if self.whole else WHOLE) if whole else AS_PREDICTED
+            options = {"prompts": candidates.prompts, **cleaning}
+        return self.processor.post_process_masks(candidates.logits[None, None], [size], **options)[0][0].numpy()
 
     @in_thread("encoder")
-    def everything(self, picture: Image.Image, grid: int) -> Everything:
-        """All masks above the lowest thresholds, from `grid` x `grid` points."""
+    def everything(
+        self, picture: Image.Image, grid: int, progress: Callable[[float], None] | None = None
+    ) -> Everything:
+        """All masks above the lowest thresholds, from `grid` x `grid` points; `progress` hears the finished part."""
         start = time.perf_counter()
         predicted_iou, stability = self.lowest_thresholds
-        found = self.generator(
-            picture,
-            points_per_crop=grid,
-            pred_iou_thresh=predicted_iou,
-            stability_score_thresh=stability,
-            output_type="coco_rle",
-        )
+        options = {
+            "points_per_crop": grid,
+            "pred_iou_thresh": predicted_iou,
+            "stability_score_thresh": stability,
+            "output_type": "coco_rle",
+        }
+        generator = getattr(self.pipeline, "mask_generator", None)
+        if generator is None:  # older code beside the model tells no progress
+            found = self.pipeline(picture, **options)
+        else:
+            found = generator(picture, progress=progress, **options)
         return Everything(
             masks=found["masks"],
             scores=found["scores"].numpy(),
             stability=found["stability_scores"].numpy(),
             areas=found["areas"].numpy(),
             size=(picture.height, picture.width),
+            grid=grid,
             milliseconds=_milliseconds(start),
         )
 
 
-def check_grid(value: Any) -> None:
+def check_grid(value: Any, grids: list[int]) -> None:
     """InputError unless it is one of the grids on offer."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in GRIDS:
-        raise InputError(f"The grid must be one of {', '.join(map(str, GRIDS))} points a side, got {short(value)}.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in grids:
+        raise InputError(f"The grid must be one of {', '.join(map(str, grids))} points a side, got {short(value)}.")
 
 
 def check_prompts(points: Any, labels: Any, box: Any, size: tuple[int, int]) -> None:

@@ -78,6 +78,7 @@ class Session:
         self.lock = threading.RLock()
         self.events = 0  # that are going on
         self.tab_closed = False
+        self.whole: bool | None = None  # whether masks are shown whole, once the visitor has said so
         self.deadline = math.inf  # seconds of time.monotonic() at which it ends, if the visitor does nothing
         self.free()
 

@@ -12,7 +12,7 @@ from downloads import to_jpeg
 from gradio.processing_utils import save_bytes_to_cache
 from pictures import InputError
 from PIL import Image
-from segmenting import GRIDS, Segmenter
+from segmenting import Segmenter
 from sessions import Session
 
 
@@ -67,6 +67,7 @@ class Widgets:
     reset: gr.Button
     another: gr.Button
     gallery: gr.Gallery
+    whole: gr.Checkbox
     automatic: gr.Column
     grid: gr.Radio
     run: gr.Button
@@ -87,7 +88,7 @@ class Widgets:
     @property
     def inputs(self) -> list[Any]:
         """What events read and may change too: by its value alone, so that it stays the same component."""
-        return [self.session, self.upload, self.kind, self.coordinates]
+        return [self.session, self.upload, self.kind, self.whole, self.coordinates]
 
     @property
     def shown(self) -> list[Any]:
@@ -186,6 +187,12 @@ def _results(segmenter: Segmenter) -> dict[str, Any]:
             format="jpeg",
             elem_id="gallery",
         )
+        parts["whole"] = gr.Checkbox(
+            segmenter.whole,
+            label="Whole masks: one part, holes filled, cut at the box",
+            visible=segmenter.can_clean,
+            elem_id="whole",
+        )
     with gr.Column(visible=False, elem_id="automatic") as parts["automatic"]:
         parts |= _everything(segmenter)
     parts["transparency"] = gr.Slider(0, 100, value=55, step=5, label="Transparency of masks (%)", buttons=[])
@@ -207,7 +214,10 @@ def _everything(segmenter: Segmenter) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     lowest_iou, lowest_stability = segmenter.lowest_thresholds
     parts["grid"] = gr.Radio(
-        [(f"{side} x {side}", side) for side in GRIDS], value=16, label="Points of the grid", elem_id="grid"
+        [(f"{side} x {side}", side) for side in segmenter.grids],
+        value=segmenter.grid,
+        label="Points of the grid",
+        elem_id="grid",
     )
     parts["run"] = gr.Button("Find everything", variant="primary", elem_id="run")
     parts["predicted_iou"] = gr.Slider(

@@ -7,10 +7,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-
-from .mask_geometry_efficientsam import masks_to_boxes
 
 
 DEPTH = 2.0  # logits; what is taken away or filled is certain, and stays so where stability is judged
@@ -58,22 +56,22 @@ def clean_masks(
     labels: torch.Tensor | None = None,
     boxes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Masks made whole, (Q, M, H, W) bool -> (Q, M, H, W) bool.
+    """Masks made whole, (Q, M, H, W) bool -> (Q, M, H, W) bool, on the CPU whatever device they are on.
 
     `clicks` (Q, P, 2) xy and `boxes` (Q, 4) xyxy are in pixels of the masks, where pixel 0 reaches from 0 to 1;
     `labels` (Q, P) are 1 on the object, 0 beside it and -1 for padding; a box of -1 is none.
     """
-    if masks.device.type != "cpu":
-        return _clean_together(masks, cleaning, clicks, labels, boxes)
-    result = torch.zeros_like(masks)
-    for q in range(len(masks)):
-        # Each by itself, where it is: what does not belong to any of them costs nothing.
-        of_one = [None if value is None else value[q : q + 1] for value in (clicks, labels, boxes)]
-        for m, (x0, y0, x1, y1) in enumerate(masks_to_boxes(masks[q]).tolist()):
-            part = (slice(q, q + 1), slice(m, m + 1), slice(y0, y1 + 1), slice(x0, x1 + 1))
-            corner = torch.tensor([x0, y0], device=masks.device)
-            result[part] = _clean_together(masks[part], cleaning, *_moved(corner, masks[part].shape[-2:], *of_one))
-    return result
+    result = masks.cpu().numpy().copy()
+    empty = np.zeros((0, 2), np.int64)
+    for index, of_object in enumerate(result):
+        box = None if boxes is None else boxes[index].tolist()
+        on, beside = empty, empty
+        if clicks is not None:
+            pixels = _pixels_at(clicks[index].cpu().numpy(), masks.shape[-2:])
+            on, beside = (pixels[labels[index].cpu().numpy() == value] for value in (1, 0))
+        for mask in of_object:
+            _clean(mask, cleaning, on, beside, box)
+    return torch.from_numpy(result).to(masks.device)
 
 
 def clean_logits(
@@ -90,115 +88,111 @@ def clean_logits(
     return torch.where(masks == cleaned, logits, threshold + torch.where(cleaned, depth, -depth))
 
 
-def _clean_together(masks, cleaning: MaskCleaning, clicks, labels, boxes) -> torch.Tensor:
-    """`clean_masks` of all at once."""
-    size = masks.shape[-2:]
-    if cleaning.within_box and boxes is not None:
-        masks = masks & _pixels_in(boxes, size)[:, None]
-    on, beside = None, None
-    if clicks is not None:
-        on, beside = (_pixels_at(clicks, labels == value, size)[:, None] for value in (1, 0))
+def _clean(mask: np.ndarray, cleaning: MaskCleaning, on: np.ndarray, beside: np.ndarray, box: list | None) -> None:
+    """Make a mask (H, W) bool whole in place; clicked pixels (P, 2) xy on the object and beside it."""
+    if cleaning.within_box and box is not None and box != [-1] * 4:
+        left, top = (max(0, math.ceil(value - 0.5)) for value in box[:2])  # pixels whose centres lie in the box
+        right, bottom = (max(0, math.floor(value - 0.5) + 1) for value in box[2:])
+        for outside in (mask[:top], mask[bottom:], mask[:, :left], mask[:, right:]):
+            outside[:] = False
     if cleaning.largest_part:
-        masks = _main_parts(masks, on)
+        parts = Parts.of(mask, corners=True)
+        parts.paint(mask, ~parts.holding(on) if len(parts.at(on)) else ~parts.largest(), False)
     if cleaning.fill_holes:
-        masks = masks | _holes(masks, cleaning.fill_holes, beside)
-    return masks
+        holes = Parts.of(~mask, corners=False)
+        filled = (holes.areas <= cleaning.fill_holes * np.count_nonzero(mask)) & ~holes.at_border()
+        holes.paint(mask, filled & ~holes.holding(beside), True)
 
 
-def _moved(corner: torch.Tensor, size: tuple[int, int], clicks, labels, boxes) -> tuple:
-    """Prompts in the pixels of a window at `corner` (x, y) of `size` (height, width); clicks beyond it are padding."""
-    if clicks is not None:
-        clicks = clicks - corner
-        inside = (clicks.floor() >= 0) & (clicks.floor() < torch.tensor(size[::-1], device=clicks.device))
-        labels = labels.where(inside.all(-1), -1)
-    if boxes is not None:
-        boxes = boxes.where((boxes == -1).all(-1, keepdim=True), (boxes - corner.repeat(2)).clamp(min=-0.25))
-    return clicks, labels, boxes
+@dataclass(frozen=True)
+class Parts:
+    """The connected parts of a mask of `size` (height, width), as runs of its rows.
 
-
-def label_parts(masks: torch.Tensor, corners: bool = True) -> torch.Tensor:
-    """Number the connected parts of masks: (N, H, W) bool -> (N, H, W) int64, 0 outside, equal within a part.
-
-    All parts of all masks have different numbers, any but consecutive. With `corners` pixels that touch there are
-    connected. What is connected are the runs of the rows, of which there are few: each takes the largest number of
-    those beside it, and what that one has taken, until nothing changes.
+    Run i reaches from pixel `starts[i]` to before `ends[i]` of row `rows[i]`, and belongs to part `numbers[i]`; `areas`
+    (R) are those of the part that a run belongs to. Runs are few, so that a mask of millions of pixels takes no more
+    than looking at each pixel once.
     """
-    starts = masks & ~F.pad(masks, (1, 0))[..., :-1]
-    runs = starts.flatten().cumsum(0).view(masks.shape) * masks
-    above, below = _neighbours(runs, corners)
-    numbers = torch.arange(int(starts.sum()) + 1, device=masks.device)
+
+    size: tuple[int, int]
+    rows: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+    numbers: np.ndarray
+
+    @classmethod
+    def of(cls, mask: np.ndarray, corners: bool) -> "Parts":
+        """Those of a mask (H, W) bool; with `corners` pixels that touch there are connected."""
+        height, width = mask.shape
+        padded = np.zeros((height, width + 2), bool)
+        padded[:, 1:-1] = mask
+        changes = np.flatnonzero(padded[:, 1:] != padded[:, :-1])
+        rows, starts = np.divmod(changes[::2], width + 1)
+        ends = changes[1::2] % (width + 1)
+        return cls(mask.shape, rows, starts, ends, _connect(*_touching(rows, starts, ends, width, corners), len(rows)))
+
+    @property
+    def areas(self) -> np.ndarray:
+        return np.bincount(self.numbers, self.ends - self.starts)[self.numbers] if len(self.rows) else self.rows
+
+    def at(self, pixels: np.ndarray) -> np.ndarray:
+        """Numbers of the parts that hold some of the pixels (P, 2) xy."""
+        columns, rows = pixels.T
+        order = self.size[1] + 2
+        index = np.searchsorted(self.rows * order + self.starts, rows * order + columns, side="right") - 1
+        index, columns, rows = (values[index >= 0] for values in (index, columns, rows))
+        return self.numbers[index[(self.rows[index] == rows) & (columns < self.ends[index])]]
+
+    def holding(self, pixels: np.ndarray) -> np.ndarray:
+        """Which runs belong to a part that holds one of the pixels (P, 2) xy: -> (R) bool."""
+        return np.isin(self.numbers, self.at(pixels))
+
+    def largest(self) -> np.ndarray:
+        """Which runs belong to the largest part, of equal ones to the first: -> (R) bool."""
+        return self.numbers == self.numbers[self.areas.argmax()] if len(self.rows) else np.zeros(0, bool)
+
+    def at_border(self) -> np.ndarray:
+        """Which runs belong to a part that reaches the border: -> (R) bool."""
+        height, width = self.size
+        there = (self.rows == 0) | (self.rows == height - 1) | (self.starts == 0) | (self.ends == width)
+        return np.isin(self.numbers, self.numbers[there])
+
+    def paint(self, mask: np.ndarray, runs: np.ndarray, value: bool) -> None:
+        """Give the pixels of some runs, (R) bool, this value in a mask (H, W)."""
+        for row, start, end in zip(self.rows[runs], self.starts[runs], self.ends[runs]):
+            mask[row, start:end] = value
+
+
+def _touching(
+    rows: np.ndarray, starts: np.ndarray, ends: np.ndarray, width: int, corners: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of runs in rows that follow each other and touch, (E), (E): the runs of a row lie on a line in order."""
+    order, reach = width + 2, int(corners)
+    below = (rows + 1) * order
+    first = np.searchsorted(rows * order + ends, below + starts - reach, side="right")
+    count = np.maximum(np.searchsorted(rows * order + starts, below + ends + reach, side="left") - first, 0)
+    above = np.repeat(np.arange(len(rows)), count)
+    return above, np.arange(len(above)) - np.repeat(count.cumsum() - count, count) + np.repeat(first, count)
+
+
+def _connect(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
+    """Number `count` things so that those of a pair, and of pairs of them, have one: (E), (E) -> (count) int64.
+
+    Each takes the largest number of those that it is paired with, and what that one has taken, until nothing changes.
+    """
+    numbers = np.arange(count)
     while True:
-        taken = numbers.scatter_reduce(0, above, numbers[below], "amax")
-        taken = taken.scatter_reduce(0, below, taken[above], "amax")
+        taken = numbers.copy()
+        np.maximum.at(taken, first, numbers[second])
+        np.maximum.at(taken, second, taken[first])
         taken = taken[taken]
-        if torch.equal(taken, numbers):
-            return numbers[runs]
+        if (taken == numbers).all():
+            return numbers
         numbers = taken
 
 
-def _neighbours(runs: torch.Tensor, corners: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pairs of runs in rows that follow each other and touch: (N, H, W) -> (E,), (E,)."""
-    width, pairs = runs.shape[-1], []
-    padded = F.pad(runs, (1, 1))
-    for shift in (-1, 0, 1) if corners else (0,):
-        above, below = runs[:, :-1], padded[:, 1:, 1 + shift : 1 + shift + width]
-        both = (above > 0) & (below > 0)
-        # Pixels in a row that belong to the same two runs say the same.
-        same = (above[..., 1:] == above[..., :-1]) & (below[..., 1:] == below[..., :-1])
-        both[..., 1:] &= ~(same & both[..., :-1])
-        pairs.append((above[both], below[both]))
-    above, below = zip(*pairs)
-    return torch.cat(above), torch.cat(below)
+def _pixels_at(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Pixels that hold points (P, 2) xy, the last ones for those on the border: -> (P, 2) int64 xy."""
+    return np.clip(np.floor(points).astype(np.int64), 0, [size[1] - 1, size[0] - 1])
 
 
-def _main_parts(masks: torch.Tensor, clicked: torch.Tensor | None) -> torch.Tensor:
-    """The parts that hold a click, or the largest: (Q, M, h, w) bool, clicked cells (Q, 1, h, w) bool -> masks."""
-    parts = label_parts(masks.flatten(0, 1)).flatten(1)
-    areas = parts.flatten().bincount()
-    areas[0] = 0
-    largest = parts.gather(1, areas[parts].argmax(1, keepdim=True))
-    if clicked is None:
-        return ((parts == largest) & (parts > 0)).view(masks.shape)
-    hits = parts.where(clicked.expand(masks.shape).flatten(0, 1).flatten(1), 0)
-    kept = torch.zeros(len(areas), dtype=torch.bool, device=masks.device)
-    kept[hits.flatten()] = True
-    kept[largest.where(hits.amax(1, keepdim=True) == 0, 0).flatten()] = True
-    kept[0] = False
-    return kept[parts].view(masks.shape)
-
-
-def _holes(masks: torch.Tensor, share: float, spared: torch.Tensor | None) -> torch.Tensor:
-    """Holes of at most `share` of their mask, but for those with a spared cell: (Q, M, h, w) bool -> the same."""
-    flat = masks.flatten(0, 1)
-    outside = F.pad(~flat, (1, 1, 1, 1), value=True)  # the surroundings are one part, beyond the image too
-    parts = label_parts(outside, corners=False)
-    areas = parts.flatten().bincount()
-    filled = torch.ones(len(areas), dtype=torch.bool, device=masks.device)
-    filled[0] = False
-    filled[parts[:, 0, 0]] = False
-    parts = parts[:, 1:-1, 1:-1].flatten(1)
-    if spared is not None:
-        filled[parts[spared.expand(masks.shape).flatten(0, 1).flatten(1)]] = False
-    limit = share * flat.flatten(1).sum(1, keepdim=True)
-    return (filled[parts] & (areas[parts] <= limit)).view(masks.shape)
-
-
-def _pixels_at(points: torch.Tensor, chosen: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Pixels that hold a chosen point, the last ones for the border: (Q, P, 2), (Q, P) bool -> (Q, H, W) bool."""
-    height, width = size
-    columns = points[..., 0].floor().long().clamp(0, width - 1)
-    rows = points[..., 1].floor().long().clamp(0, height - 1)
-    pixels = torch.zeros(len(points), height * width + 1, dtype=torch.bool, device=points.device)
-    pixels.scatter_(1, torch.where(chosen, rows * width + columns, height * width), True)
-    return pixels[:, :-1].view(-1, height, width)
-
-
-def _pixels_in(boxes: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Pixels whose centres lie in boxes (Q, 4), all for a box of -1: -> (Q, H, W) bool."""
-    y, x = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
-    left, top, right, bottom = boxes[:, :, None].unbind(1)
-    inside = ((y >= top) & (y <= bottom))[:, :, None] & ((x >= left) & (x <= right))[:, None]
-    return inside | (boxes == -1).all(1)[:, None, None]
-
-
-__all__ = ["MaskCleaning", "clean_logits", "clean_masks", "label_parts"]
+__all__ = ["MaskCleaning", "Parts", "clean_logits", "clean_masks"]
