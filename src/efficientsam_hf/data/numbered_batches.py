@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches in order, made ahead in other processes or between the steps of training."""
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count
@@ -24,6 +26,9 @@ def ordered_batches(make: Callable[[Any], dict[str, Any]], items: Iterable[Any],
     Items come from this process. ValueError and OSError of `make` arrive as they are, not wrapped in a worker's
     traceback.
     """
+    if workers:
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)
     ahead = {"num_workers": workers, "prefetch_factor": 2, "worker_init_fn": _outlive_sigterm} if workers else {}
     # With a generator of its own the loader leaves torch's alone, which a resumed run finds as it was.
     loader = DataLoader(_Made(make), sampler=_Items(items), batch_size=None, generator=torch.Generator(), **ahead)
@@ -31,6 +36,17 @@ def ordered_batches(make: Callable[[Any], dict[str, Any]], items: Iterable[Any],
         if isinstance(batch, Exception):
             raise batch
         yield batch
+
+
+def _end_workers() -> None:
+    """At exit the main process waits for workers that nobody told to end, such as those of a run that failed.
+
+    It asks them by SIGTERM, to which they do not listen. Registered after it, this comes first.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each that ends now
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _outlive_sigterm(worker: int) -> None:
