@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_mixture import write_files
 
 
 @pytest.fixture
@@ -45,6 +46,16 @@ def test_segment_everything(root: Path, photo_path: Path, tmp_path: Path) -> Non
     masks = json.loads((tmp_path / "out" / "masks.json").read_text())
     assert len(masks) == printed.count("predicted IoU") > 1
     assert (tmp_path / "out" / "everything.png").is_file()
+
+
+def test_draw_pasted(root: Path, tmp_path: Path) -> None:
+    mixture = write_files(tmp_path / "data")
+    flags = ["--count", "3", "--size", "64", "--source", "pasted"]
+    assert "3 pictures, " in example(root, "draw_pasted.py", mixture, tmp_path / "sheet.png", *flags)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.width > 6 * 64
+        tiles = [np.asarray(sheet)[2:66, 2 + 66 * k : 66 + 66 * k] for k in range(6)]
+    assert all((picture != masks).any() for picture, masks in zip(tiles[::2], tiles[1::2]))
 
 
 @pytest.mark.slow

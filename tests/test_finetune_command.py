@@ -3,6 +3,7 @@
 
 import json
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -16,12 +17,14 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from test_mixture import write_files
 from test_prompt_inputs import RELEASED
 from test_segmentation_training import tiny_model
 from transformers import SamConfig
 
 from efficientsam_hf import EfficientSamImageProcessor, EfficientSamModel, SamiConfig, SamiForPreTraining
 from efficientsam_hf.cli import main
+from efficientsam_hf.data.scene_bank import SceneBank
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 from efficientsam_hf.training.arguments import read_recipe
 
@@ -144,6 +147,51 @@ def test_a_killed_run_on_a_coco_file_ends_with_the_same_bits(tmp_path: Path, thr
     assert 3 <= events(killed, "resume")[0]["step"] < 24
     one, two = (EfficientSamModel.from_pretrained(run / "model").state_dict() for run in (killed, whole))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+# The command with a bank of scenes that is made already: making one takes seconds.
+WITH_BANK = """
+import pickle, sys
+from efficientsam_hf.data.scene_bank import SceneBank
+
+bank = pickle.loads(open(sys.argv[1], "rb").read())
+SceneBank.build = lambda seed=0, device="cpu": bank
+from efficientsam_hf.cli import main
+
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_a_killed_run_on_a_mixture_ends_with_the_same_bits(tmp_path: Path, threads: None, monkeypatch, capsys) -> None:
+    """A COCO file, pasted pictures and scenes, made by a worker before the kill and by none afterwards."""
+    bank, mixture = SceneBank.build(), write_files(tmp_path / "data")
+    (tmp_path / "bank.pickle").write_bytes(pickle.dumps(bank))
+    monkeypatch.setattr(SceneBank, "build", lambda seed=0, device="cpu": bank)
+    flags = ["--no-train-scenes", "--train-mix", str(mixture), "--light", "1", "--batch-size", "2", "--log-every", "1"]
+    flags += ["--evaluate-scenes", "0", "--max-steps", "12", "--checkpoint-every", "1", "--num-threads", "1"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    launch = [sys.executable, "-c", WITH_BANK, str(tmp_path / "bank.pickle")]
+    with (tmp_path / "output.txt").open("w") as output:
+        command = [*launch, *TRAIN, *flags, "--data-workers", "1", "--output-dir", str(killed)]
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+        while process.poll() is None and not list(killed.glob("checkpoints/step_[3-9]")):
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "output.txt").read_text()
+    mixture.write_text(mixture.read_text().replace("weight: 2,", "weight: 3,"))
+    assert main([*TRAIN, *flags, "--output-dir", str(killed), "--resume"]) == 2
+    assert "train_mix differs in ['- weight: 2', '+ weight: 3']" in capsys.readouterr().err
+    mixture.write_text(mixture.read_text().replace("weight: 3,", "weight: 2,"))
+    assert main([*TRAIN, *flags, "--output-dir", str(killed), "--resume"]) == 0
+    assert main([*TRAIN, *flags, "--output-dir", str(whole)]) == 0
+    one, two = (EfficientSamModel.from_pretrained(run / "model").state_dict() for run in (killed, whole))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert 3 <= events(killed, "resume")[0]["step"] < 12
+    names = ["loss", *(f"miou/{name}" for name in ("photos", "pasted", "scenes"))]
+    numbers = {line["step"]: [line[name] for name in names] for line in events(whole, "train")}
+    assert all(numbers[line["step"]] == [line[name] for name in names] for line in events(killed, "train"))
+    for values in list(zip(*numbers.values(), strict=True))[1:]:  # two pictures are of two sources at most
+        assert None in values and 0 <= max(value for value in values if value is not None) <= 1
 
 
 def test_training_on_tars_of_sa1b(tmp_path: Path) -> None:

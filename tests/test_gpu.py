@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_mixture
 import test_sami
 import test_segmentation_training
 import torch
@@ -223,6 +224,32 @@ def test_scenes(gpu, bank) -> None:
     assert result["masks"].device == gpu.device
     for name, value in expected.items():
         torch.testing.assert_close(result[name].cpu(), value, rtol=0, atol=1e-4)
+
+
+def test_a_mixture(gpu, bank, tmp_path: Path) -> None:
+    """A batch of photos, pasted pictures and scenes is on the device, as it would be on the CPU, and trains there."""
+    folder, stage = test_mixture.write_files(tmp_path / "data").parent, Stage(0.0, 64, 16)
+    expected, batch = (
+        test_mixture.make(folder, own, device=own.device, seed=5).batch(0, stage)
+        for own in (bank, bank.to(gpu.device))
+    )
+    assert batch["source"].tolist() == expected["source"].tolist() and len(set(batch["source"].tolist())) == 3
+    for name in ("pixel_values", "masks", "object_mask", "source"):
+        assert batch[name].device == gpu.device
+        torch.testing.assert_close(batch[name].cpu(), expected[name], rtol=0, atol=1e-4)
+    model, names = test_segmentation_training.tiny_model(), ("photos", "pasted", "scenes")
+    module = InteractiveSegmentation(model, sources=names).to(gpu.device)
+    arguments = TrainerArguments(output_dir="unused", max_steps=1)
+    (optimizer,) = make_optimizers(module, arguments, fused=False)
+    losses = []
+    for _ in range(2):
+        output = module(batch)
+        output["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(output["loss"].item())
+    assert np.isfinite(losses).all() and losses[0] != losses[1]
+    assert all(0 <= output[f"miou/{name}"].item() <= 1 for name in names)
 
 
 def test_the_command(gpu, photo, tmp_path: Path) -> None:

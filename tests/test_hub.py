@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -326,6 +327,52 @@ def test_base_model_is_a_hub_id_only(run: Path, tmp_path: Path) -> None:
         write_json(run / "args.json", record)
         card = ModelCard((export_run(run, tmp_path / "out", overwrite=True) / "README.md").read_text())
         assert card.data.base_model == expected
+
+
+MIXTURE = """\
+- {name: street, weight: 2.5, annotations: /home/someone/secret place/s.json, images: /home/someone/secret place/s,
+   license: CC BY 4.0, credit: "Street data,\n\n A. Person", url: "https://me:secret@street.example/data"}
+- {name: things, weight: 6, cutouts: [{folder: /secret/place/a|b/cups, weight: 2}], backgrounds: [{folder: /secret}]}
+- {name: hub, dataset: someone/data}
+- {name: scenes, weight: 0.5, scenes: true}
+"""
+
+
+def test_card_of_a_mixture_names_its_sources_and_not_their_places(run: Path, tmp_path: Path) -> None:
+    record = read_json(run / "args.json")
+    record["arguments"] |= {"train_scenes": False, "train_mix": MIXTURE}
+    record["command"] = shlex.join(["efficientsam", "finetune", "--train-mix", MIXTURE, "--seed", "1"])
+    write_json(run / "args.json", record)
+    exported = export_run(run, tmp_path / "out")
+    card = ModelCard((exported / "README.md").read_text())
+    assert card.data.datasets == ["someone/data"] and "synthetic" not in card.data.tags
+    for line in (
+        "# EfficientSAM, trained on a mixture",
+        "| street | COCO annotations | 25 % |",
+        "| things | cut-outs pasted on pictures | 60 % |",
+        "| hub | data set `someone/data` | 10 % |",
+        "| scenes | generated scenes | 5 % |",
+        "- street: Street data, A. Person, https://street.example/data, CC BY 4.0",
+        "- It knows what its training data show, and little beyond.",
+    ):
+        assert line in card.text.splitlines(), line
+    (argument,) = [line for line in card.text.splitlines() if line.startswith("| train_mix |")]
+    assert r"folder: a\|b/cups, weight: 2" in argument and argument.endswith("scenes: true}]` |")
+    assert "images: secret place/s" in card.text.partition("<details>")[0]  # in the command
+    for name in ("README.md", "metrics.json"):
+        text = (exported / name).read_text()
+        assert "/secret" not in text and "me:secret" not in text and "someone/secret" not in text, name
+
+
+def test_card_of_a_mixture_of_scenes_alone_is_that_of_scenes(run: Path, tmp_path: Path) -> None:
+    scenes = export_run(run, tmp_path / "scenes")
+    record = read_json(run / "args.json")
+    record["arguments"] |= {"train_scenes": False, "train_mix": "- {name: a, scenes: true}\n"}
+    write_json(run / "args.json", record)
+    one, two = (ModelCard((path / "README.md").read_text()) for path in (scenes, export_run(run, tmp_path / "mixed")))
+    assert one.data.tags == two.data.tags and "synthetic" in two.data.tags
+    texts = [[line for line in card.text.splitlines() if "scenes" in line and "`" not in line] for card in (one, two)]
+    assert set(texts[0]) <= set(texts[1]) and "| a | generated scenes | 100 % |" in texts[1]
 
 
 def code_blocks(card: Path) -> list[str]:

@@ -159,9 +159,20 @@ def test_padding_weighs_nothing() -> None:
     logits.requires_grad_()
     padded = segmentation_losses(logits, scores, targets, real)
     for name, value in alone.items():
-        torch.testing.assert_close(padded[name], value)
+        torch.testing.assert_close(padded[name][:, :2] if name == "iou" else padded[name], value)
     padded["loss"].backward()
     assert (logits.grad[:, 2] == 0).all() and logits.grad[:, :2].abs().sum() > 0
+
+
+def test_iou_of_each_object_is_that_of_its_highest_score() -> None:
+    logits, scores, targets, real = example()
+    real[1, 2] = False
+    result = segmentation_losses(logits, scores, targets, real)
+    chosen = scores[..., 1:].argmax(-1) + 1
+    for image, thing in ((0, 0), (1, 1)):
+        expected = thresholded_iou(logits[image, thing, chosen[image, thing]], targets[image, thing].bool())
+        assert result["iou"][image, thing] == expected
+    torch.testing.assert_close(result["miou"], result["iou"][real].mean())
 
 
 def test_a_batch_of_padding_alone_is_zero() -> None:

@@ -8,7 +8,7 @@ from PIL import Image
 
 from efficientsam_hf import EfficientSamImageProcessor
 from efficientsam_hf.data.augmentation import Augmentation
-from efficientsam_hf.training.mask_preparation import MaskPreparation, stretch_masks
+from efficientsam_hf.training.mask_preparation import CANDIDATES, MaskPreparation, stretch_masks
 from efficientsam_hf.training.sample_batches import SampleBatches
 from efficientsam_hf.training.schedule import Stage
 
@@ -152,6 +152,39 @@ def test_stretched_masks_keep_thin_objects() -> None:
     assert torch.equal(stretch_masks(masks, 128), masks.repeat_interleave(2, 1).repeat_interleave(2, 2))
 
 
+@pytest.mark.parametrize(
+    ("augmentation", "scale_of", "count"),
+    [(Augmentation(0.5, light=1), None, 3), (Augmentation(0, 0.5, 2), None, CANDIDATES * 3), (Augmentation(), 64, 12)],
+)
+def test_of_many_objects_few_are_changed_with_their_picture(augmentation, scale_of, count, monkeypatch) -> None:
+    """As many as are trained; more where a change of scale can lose some, or parts are shown, which lose most."""
+    changed, change = [], Augmentation.__call__
+    monkeypatch.setattr(Augmentation, "__call__", lambda *given: changed.append(given[1]["masks"]) or change(*given))
+    processor = EfficientSamImageProcessor(size=32, do_normalize=False)
+    preparation = MaskPreparation(processor, 3, augmentation=augmentation, scale_of=scale_of)
+    sample, seen = {**picture(5), "masks": np.zeros((40, 40, 60), bool)}, set()
+    sample["masks"][np.arange(40), :, np.arange(40)] = True
+    for seed in range(40):
+        changed.clear()
+        row = preparation(sample, 32, np.random.default_rng(seed))
+        assert len(changed[0]) == count and row["object_mask"].any()
+        seen |= set(changed[0].any(1).argmax(1).tolist())
+    assert len(seen) > 30  # not always the same
+
+
+def test_objects_that_are_large_enough_only_in_a_part_of_the_picture_are_trained() -> None:
+    masks, pixels = np.zeros((2, 64, 64), bool), np.zeros((64, 64, 3), np.uint8)
+    masks[0, 5:25, 5:25] = masks[1, 40:44, 40:44] = True  # the second covers 0.004 of the picture
+    pixels[masks[0]], pixels[masks[1]] = 100, 200
+    sample = {"image": Image.fromarray(pixels), "masks": masks}
+    processor = EfficientSamImageProcessor(size=64, do_normalize=False)
+    for scale, expected in ((1.0, {False}), (4.0, {False, True})):
+        preparation = MaskPreparation(processor, 1, 0.01, augmentation=Augmentation(0, 1, scale))
+        rows = [preparation(sample, 64, np.random.default_rng(seed)) for seed in range(60)]
+        assert all(row["object_mask"].all() for row in rows)
+        assert {float(row["pixel_values"][0][row["masks"][0]].median()) > 150 / 255 for row in rows} == expected
+
+
 @pytest.mark.parametrize("augmentation", [Augmentation(flip=1.0), Augmentation(0.5, 0.3, 3.0), Augmentation()])
 def test_augmentation_keeps_masks_on_their_pixels(augmentation) -> None:
     sample = picture(5, (50, 70))
@@ -193,6 +226,15 @@ def test_augmentation_is_drawn_from_its_generator() -> None:
     one, two, other = (augmentation(sample, np.random.default_rng(seed))["masks"] for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, two)
     assert one.shape != other.shape
+
+
+def test_light_changes_pictures_and_leaves_masks() -> None:
+    sample = picture(5)
+    dark, bright = (Augmentation(0.5, 0.5, 2.0, light)(sample, np.random.default_rng(3)) for light in (0.0, 1.0))
+    np.testing.assert_array_equal(dark["masks"], bright["masks"])
+    assert dark["image"].size == bright["image"].size and dark["image"].tobytes() != bright["image"].tobytes()
+    with pytest.raises(ValueError, match="light must be a strength from 0 to 5, got -1"):
+        Augmentation(light=-1)
 
 
 @pytest.mark.parametrize(("flip", "low", "high"), [(1.5, 1, 1), (0, 2, 1), (0, 0.01, 1), (0, 1, 30)])

@@ -42,6 +42,17 @@ def example_batch(seed: int = 3) -> dict[str, torch.Tensor]:
     return {"pixel_values": pixels, "masks": masks, "object_mask": object_mask, "seed": torch.tensor(seed)}
 
 
+def test_metrics_of_each_source_of_a_batch() -> None:
+    module = InteractiveSegmentation(tiny_model(), sampling=PromptSampling(rounds=2), sources=["a", "b", "empty"])
+    batch = example_batch()
+    alone = [module({**batch, "source": torch.tensor([number, number])}) for number in (0, 1)]
+    assert alone[0]["miou/a"] == alone[0]["miou"] == alone[1]["miou/b"] and alone[0]["miou/b"].isnan()
+    both = module({**batch, "source": torch.tensor([1, 0])})
+    assert (3 * both["miou/b"] + 2 * both["miou/a"]) / 5 == pytest.approx(both["miou"].item())
+    assert both["miou/empty"].isnan() and both["loss"] == alone[0]["loss"]
+    assert not any(name.startswith("miou/") for name in module(batch))
+
+
 class Recorder:
     """Stands where the prompt decoder does and notes its prompts."""
 

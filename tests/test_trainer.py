@@ -15,12 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.state import AcceleratorState
 from test_segmentation_training import example_batch, tiny_model
 from torch import nn
 from torch.distributed.checkpoint import CheckpointException
 
 from efficientsam_hf import EfficientSamModel
+from efficientsam_hf.data.mixture import read_mixture
 from efficientsam_hf.data.numbered_batches import numbered_batches
 from efficientsam_hf.training.arguments import (
     RECIPES,
@@ -514,6 +516,25 @@ def test_a_run_that_was_killed_in_its_first_moment_can_begin_again(tmp_path) -> 
     assert train(tmp_path / "run")["steps"] == 20
 
 
+class Parts(Line):
+    """Has a number of a part of the data in every second batch, and one of all data that is not always one."""
+
+    calls = 0
+
+    def forward(self, batch):
+        self.calls += 1
+        part, odd = torch.tensor([torch.nan, float(self.calls)]), self.calls % 2
+        return super().forward(batch) | {"part/odd": part[odd], "part/none": part[0], "whole": part[odd]}
+
+
+def test_a_part_of_the_data_counts_where_there_is_some_of_it(tmp_path: Path) -> None:
+    """A number of the part is not lost by the batches without it; a number of all data that is lost is not hidden."""
+    Trainer(Parts(), batches, make_arguments(tmp_path, max_steps=4, gradient_accumulation=2)).train()
+    (line,) = log(tmp_path, "train")
+    assert line["part/odd"] == (1 + 3 + 5 + 7) / 4 and line["part/none"] is None and line["whole"] is None
+    assert line["loss"] > 0
+
+
 def test_a_torn_line_of_the_log_costs_that_line(tmp_path) -> None:
     train(tmp_path / "run", max_steps=4)
     path = tmp_path / "run" / "log.jsonl"
@@ -807,9 +828,14 @@ def test_recipes_are_valid_and_flags_win() -> None:
     assert {"smoke", "scenes_cpu", "scenes_gpu", "sa1b_ti", "sa1b_s"} <= set(names)
     for name in names:
         recipe = read_recipe(name, "finetune")
-        data = {} if recipe.get("train_scenes") else {"train_sa1b": str(RECIPES)}
+        mixture = read_mixture(yaml.safe_dump(recipe["train_mix"]), existing=False) if "train_mix" in recipe else []
+        if mixture:  # whose photos are not here
+            recipe["train_mix"] = [{"name": "scenes", "scenes": True}]
+        data = {} if recipe.get("train_scenes") or mixture else {"train_sa1b": str(RECIPES)}
         arguments = build_arguments(FinetuneArguments, recipe, {"output_dir": "x", "learning_rate": 0.5, **data})
         assert arguments.learning_rate == 0.5
+        for source in mixture:
+            arguments.augmentation(source), arguments.object_areas(source)
 
 
 @pytest.mark.parametrize(

@@ -25,8 +25,8 @@ from .running import (
 
 DESCRIPTION = """\
 Train a promptable segmentation model. A recipe fills the fields below, flags change them; without one
-pictures of your own are trained by `coco_custom`. The result is OUTPUT_DIR/model, a folder for from_pretrained with the
-averaged weights.
+pictures of your own are trained by `coco_custom`. The result is OUTPUT_DIR/model, a folder for
+from_pretrained with the averaged weights.
 
   efficientsam finetune --recipe smoke --output-dir runs/smoke
   efficientsam finetune --recipe scenes_cpu --output-dir runs/scenes --eval-annotations A.json --eval-images DIR
@@ -177,12 +177,12 @@ def _scene_batches(arguments: Any) -> Any:
 def _training_data(arguments: Any) -> dict[str, Any]:
     """{"samples"} of annotated pictures, {"stream", "read"} of those that come one after the other, {} for scenes.
 
-    {"opened"} of a mixture, what each of its sources opens.
+    {"opened"} of a mixture: what each of its sources opens.
     """
-    from ..data import coco, sa1b, tars
+    from ..data import coco, mixture, sa1b, tars
 
     if arguments.train_mix:
-        return {"opened": [source.open(arguments.seed) for source in arguments.mixture()]}
+        return {"opened": mixture.open_sources(arguments.mixture())}
     if arguments.train_annotations:
         return {"samples": coco.CocoSamples(arguments.train_annotations, arguments.train_images)}
     if arguments.train_sa1b:
@@ -215,25 +215,10 @@ def _annotated_batches(arguments: Any, processor: Any, **source: Any) -> Any:
 
 def _mixed_batches(arguments: Any, processor: Any, opened: list[Any]) -> Any:
     """Batches of all sources of a mixture, given what each of them opened."""
-    from ..data.scene_bank import SceneBank
-    from ..training.mask_preparation import MaskPreparation
-    from ..training.mixture_batches import PastedSource, SceneSource, StoredSource
+    from ..training.mixture_batches import mixture_sources
 
-    sources, device = [], render_device(arguments)
-    for source, samples in zip(arguments.mixture(), opened, strict=True):
-        areas = dict(zip(("min_area", "max_area"), arguments.object_areas(source), strict=True))
-        objects = arguments.objects_per_image
-        if source.scenes:
-            rows = SceneSource(SceneBank.build(seed=0, device=device), objects, **areas)
-        else:
-            kind = PastedSource if source.endless else StoredSource
-            rows = kind(
-                samples,
-                MaskPreparation(
-                    processor.image_processor, objects, **areas, augmentation=arguments.augmentation(source)
-                ),
-            )
-        sources.append((source.name, source.weight, rows))
+    device = render_device(arguments)
+    sources = mixture_sources(arguments, opened, processor.image_processor, device)
     return mixture_batches(arguments, sources, device)
 
 

@@ -75,18 +75,29 @@ class ObjectCutouts:
 
     `samples` are {"image": RGB PIL image, "masks": (N, H, W) bool}, and `counts[k]` is the number of objects of
     `samples[k]`. Alpha is the mask without its outermost pixels, which show some of what was behind, with a soft edge.
-    On access `ValueError` for an object that the border of the picture cuts off, or that is too small or too thin.
+    On access `ValueError` for an object that the border of the picture cuts off, or that is too small or too thin;
+    many may be, so each such one is looked at once, and its error kept.
     """
 
     def __init__(self, samples: Sequence[dict[str, Any]], counts: Sequence[int]) -> None:
         self.samples = samples
         self._owners = np.repeat(np.arange(len(counts)), counts)
         self._places = np.concatenate([np.arange(count) for count in counts])
+        self._unusable: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._owners)
 
     def __getitem__(self, index: int) -> Image.Image:
+        if index in self._unusable:
+            raise ValueError(self._unusable[index])
+        try:
+            return self._cut(index)
+        except ValueError as error:
+            self._unusable[index] = str(error)
+            raise
+
+    def _cut(self, index: int) -> Image.Image:
         sample = self.samples[int(self._owners[index])]
         place = int(self._places[index])
         if place >= len(sample["masks"]):  # masks without a pixel are left out of a sample

@@ -29,6 +29,7 @@ NUMBERS = (*CHANGES, "min_object_area", "max_object_area")
 OF_DATASETS = ("split", "config", "revision", "image_column", "masks_column")
 TEXTS = (*PATHS, "dataset", *OF_DATASETS, "license", "credit", "url")
 BLOCK = 1000  # pictures among which every source has its share
+LARGEST = 1e100  # number in a mixture
 TRIED = 64  # cut-outs or backgrounds of a folder or file, before it is taken for unusable
 
 
@@ -241,7 +242,7 @@ def _read_source(number: int, entry: dict[str, Any], folder: Path | None) -> Mix
 
 
 def _read_folders(shown: str, entries: Any, folder: Path | None) -> tuple[dict[str, Any], ...]:
-    """Where cut-outs or backgrounds are taken from: folders, or mappings with folder or with annotations and images."""
+    """Where cut-outs or backgrounds are taken from: a path, a mapping, or a list of these."""
     entries = entries if isinstance(entries, list) else [entries]
     if not entries:
         raise ValueError(f"{shown} must name a folder or COCO file at least, got an empty list")
@@ -292,7 +293,8 @@ def _number(value: Any) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number, and one that several can be added of."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST
 
 
 @dataclass(frozen=True)
@@ -320,8 +322,7 @@ class Turns:
 
 @lru_cache(maxsize=8)
 def _shares(weights: tuple[float, ...]) -> np.ndarray:
-    parts = np.array(weights) / max(weights)  # the sum of very large weights would be infinite
-    exact = parts / parts.sum() * BLOCK
+    exact = np.array(weights) / sum(weights) * BLOCK
     counts = np.maximum(1, np.floor(exact)).astype(np.int64)
     for index in np.argsort(counts - exact, kind="stable")[: max(0, BLOCK - counts.sum())]:
         counts[index] += 1  # largest remainders first

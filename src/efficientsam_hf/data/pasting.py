@@ -24,7 +24,7 @@ LONGER_SIDE = (0.75, 1.15)  # of the picture that is made, as a multiple of the 
 LEAST_SIDE = 16  # pixels of the part of a background that is taken, and of the picture that is made
 OWN_KIND = 0.3  # probability that a thing stands among others of its kind
 SMALLEST_SHARE = 0.25  # of a thing must stay visible, or it is no object
-DRAWS = 8  # attempts at a picture or cut-out that can be used, after which there is no point in going on
+DRAWS = 200  # of a picture or cut-out that can be used, after which there is no point in going on
 
 
 class Cutouts(Protocol):
@@ -157,13 +157,13 @@ class _Canvas:
 
 
 def _draw(weighted: Sequence[tuple[float, Any]], generator: np.random.Generator) -> tuple[Any, int, Any]:
-    """An item that can be used, drawn by the weights: (its sequence, its index, the item).
+    """An item that can be used, of a sequence drawn by the weights: (the sequence, the item's index, the item).
 
-    Raises `ValueError` if none of several that were drawn can be used.
+    Raises `ValueError` if none of many that were drawn of this sequence can be used.
     """
     weights = np.array([weight for weight, _ in weighted])
+    sequence = weighted[generator.choice(len(weighted), p=weights / weights.sum())][1]
     for _ in range(DRAWS):
-        sequence = weighted[generator.choice(len(weighted), p=weights / weights.sum())][1]
         index = int(generator.integers(len(sequence)))
         try:
             return sequence, index, sequence[index]

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedModel
 
+from ..data.mixture import BLOCK, MixtureSource, Turns
 from ..models.configuration_efficientsam import VISION_PRESETS
 from ..models.modeling_sami import SamiForPreTraining
 from .run_record import (
@@ -22,6 +23,7 @@ from .run_record import (
     prompt_text,
     prompts_of,
     shorten_command,
+    shorten_mixture,
     shorten_paths,
 )
 
@@ -47,6 +49,15 @@ PROTOCOL = (
     "of the picture counting as its boundary; clicks after it are the deepest pixels of what is wrong. "
     "Small, medium and large are thirds of the objects by their share of the picture."
 )
+
+# What the sources of a mixture hold, by their kinds.
+SOURCES = {
+    "annotations": "COCO annotations",
+    "sa1b": "pictures in the layout of SA-1B",
+    "dataset": "data set",
+    "cutouts": "cut-outs pasted on pictures",
+    "scenes": "generated scenes",
+}
 
 RELEASED_LIMITS = (
     "- These weights know clicks on the object and boxes, up to six prompt tokens together; they have neither clicks "
@@ -136,7 +147,7 @@ def _describe_efficientsam(export: Export, model: PreTrainedModel) -> dict[str, 
         "introduction": f"{read_template('efficientsam_introduction.md')} {about}{code}",
         "usage": usage_section(export.with_code),
         "evaluation": evaluation_section(record, export.evaluations),
-        "data": _data_text(record) + _average_text(export.averaged),
+        "data": _data_text(record) + _average_text(export.averaged) + _mixture_section(record.sources),
         "curve_note": "mIoU is that of the chosen mask with the training pictures' masks after the first prompt.",
         "limits": fill_template(
             "efficientsam_limits.md", {"data_limits": _limits(record), "image_size": str(size)}
@@ -265,14 +276,14 @@ def card_metadata(export: Export) -> ModelCardData:
         for prompt in prompts_of(evaluation["metrics"])
     ]
     tags = ["efficientsam", "segment-anything", "image-segmentation", "vision"]
-    dataset = _hub_id(record, "train_dataset")
+    datasets = [_hub_id(record, "train_dataset"), *(_as_hub_id(source.dataset) for source in record.sources)]
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="image-feature-extraction" if pretrained else "mask-generation",
         license=export.license,
         base_model=_hub_id(record, "model"),
-        datasets=[dataset] if dataset else None,
-        tags=tags + ["sami"] * pretrained + ["synthetic"] * bool(record.arguments.get("train_scenes")),
+        datasets=sorted({name for name in datasets if name}) or None,
+        tags=tags + ["sami"] * pretrained + ["synthetic"] * _trained_on_scenes(record),
         model_name=export.name,
         eval_results=results or None,
     )
@@ -285,11 +296,12 @@ def _dataset_type(name: str) -> str:
 
 def _hub_id(record: RunRecord, argument: str) -> str | None:
     """Value of an argument that is a name of the Hub's; None for folders, presets and nothing."""
-    source = str(record.arguments.get(argument) or "")
-    if argument in record.description.get("local", ()):
-        return None
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is not None
-    return source if is_id and not Path(source).exists() else None
+    return None if argument in record.description.get("local", ()) else _as_hub_id(record.arguments.get(argument))
+
+
+def _as_hub_id(name: str | None) -> str | None:
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name or "")) is not None
+    return name if is_id and not Path(name).exists() else None
 
 
 def evaluation_section(record: RunRecord, evaluations: list[dict]) -> str:
@@ -328,7 +340,15 @@ def _evaluation_of_run(record: RunRecord) -> str:
 
 
 def _short_data(record: RunRecord) -> str:
-    return "trained on generated scenes" if record.arguments.get("train_scenes") else "trained on masks"
+    if _trained_on_scenes(record):
+        return "trained on generated scenes"
+    return "trained on a mixture" if record.sources else "trained on masks"
+
+
+def _trained_on_scenes(record: RunRecord) -> bool:
+    """Whether the run saw generated scenes and nothing else."""
+    mixed = record.sources
+    return bool(record.arguments.get("train_scenes") or (mixed and all(source.scenes for source in mixed)))
 
 
 def _start_text(record: RunRecord) -> str:
@@ -344,24 +364,43 @@ def _start_text(record: RunRecord) -> str:
 def _saw_scenes_only(record: RunRecord) -> bool:
     """Whether neither the run nor what it started from can have seen a photo."""
     start = str(record.arguments.get("model", ""))
-    return bool(record.arguments.get("train_scenes")) and (start in VISION_PRESETS or start == "default")
+    return _trained_on_scenes(record) and (start in VISION_PRESETS or start == "default")
 
 
 def _data_text(record: RunRecord) -> str:
     """Where the weights started and what they saw."""
     start, arguments = _start_text(record), record.arguments
-    if arguments.get("train_scenes"):
+    if _trained_on_scenes(record):
         return (
             f"{start} The data are scenes that the package generates (`efficientsam_hf.data.scenes`): layered "
             "textured shapes with occlusion, parts, shadows, blur and noise, and exact masks. No photograph and no "
             "annotation by a person is among them; evaluations during the run only chose which checkpoints to keep."
         )
+    if record.sources:
+        return f"{start} The data are the mixture of {len(record.sources)} sources in the table below."
     names = [arguments.get(name) for name in ("train_annotations", "train_sa1b", "train_dataset")]
     return start + "".join(f" The masks are those of `{shorten_paths(str(name))}`." for name in names if name)
 
 
+def _mixture_section(sources: list[MixtureSource]) -> str:
+    """Which sources a mixture has, what is in them, their shares, and whom they are by; nothing without sources."""
+    if not sources:
+        return ""
+    shares = Turns(tuple(source.weight for source in sources)).shares()
+    rows = [
+        [source.name, SOURCES[source.kind] + (f" `{source.dataset}`" if source.dataset else ""), f"{share:g} %"]
+        for source, share in zip(sources, 100 * shares / BLOCK)
+    ]
+    credits = {source.name: [source.credit, source.url, source.license] for source in sources}
+    lines = [
+        f"- {name}: " + ", ".join(part for part in parts if part) for name, parts in credits.items() if any(parts)
+    ]
+    text = "\n\n" + _table(["source", "holds", "share of the pictures"], rows)
+    return text + ("\n\nCredits of the data:\n\n" + "\n".join(lines) if lines else "")
+
+
 def _limits(record: RunRecord) -> str:
-    if not record.arguments.get("train_scenes"):
+    if not _trained_on_scenes(record):
         return "- It knows what its training data show, and little beyond."
     if not _saw_scenes_only(record):
         return "- Its last run showed it generated scenes; what it started from may have seen more."
@@ -412,6 +451,8 @@ def _arguments_table(record: RunRecord) -> str:
     """Every argument of the run that has a value, but for those that only say where to write."""
     names = [name for name, value in record.arguments.items() if value is not None]
     values = shorten_paths(record.arguments)
+    if record.sources:
+        values["train_mix"] = shorten_mixture(record.arguments["train_mix"])
     rows = [[name, f"`{values[name]}`"] for name in names if name not in ("output_dir", "resume")]
     return _table(["argument", "value"], rows)
 

@@ -6,10 +6,12 @@ import re
 import shlex
 import statistics
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePath
 from typing import Any
+
+from ..data.mixture import MixtureSource, read_mixture, write_mixture
 
 
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
@@ -38,6 +40,12 @@ class RunRecord:
     @property
     def arguments(self) -> dict[str, Any]:
         return self.description["arguments"]
+
+    @property
+    def sources(self) -> list[MixtureSource]:
+        """Sources of the mixture that the run trained on, without where they lie; none if it was no mixture."""
+        text = self.arguments.get("train_mix")
+        return _private_sources(text) if text else []
 
 
 def read_run(folder: Path, best: bool = False) -> RunRecord:
@@ -173,6 +181,24 @@ def _require(content: Any, path: Path, argument: str, keys: Iterable[str]) -> No
         raise ValueError(f"{argument}: {path} lacks {', '.join(missing)}")
 
 
+def _private_sources(text: str) -> list[MixtureSource]:
+    """Sources of a mixture's text, their paths shortened and texts in one line; none of the paths need be here."""
+
+    def shortened(value: Any) -> Any:
+        return shorten_paths(" ".join(value.split()) if isinstance(value, str) else value)
+
+    names = [item.name for item in fields(MixtureSource)]
+    return [
+        replace(source, **{name: shortened(getattr(source, name)) for name in names})
+        for source in read_mixture(text, existing=False)
+    ]
+
+
+def shorten_mixture(text: str) -> str:
+    """A mixture's text in one line, its paths shortened."""
+    return write_mixture(_private_sources(text), default_flow_style=True).strip()
+
+
 def shorten_paths(value: Any) -> Any:
     """Cut paths that are absolute or go upwards to their last two parts: where a machine keeps files is private."""
     if isinstance(value, dict):
@@ -180,8 +206,8 @@ def shorten_paths(value: Any) -> Any:
             name: shorten_command(entry) if name == "command" else shorten_paths(entry)
             for name, entry in value.items()
         }
-    if isinstance(value, list):
-        return [shorten_paths(entry) for entry in value]
+    if isinstance(value, (list, tuple)):
+        return type(value)(shorten_paths(entry) for entry in value)
     return _shorten_text(value) if isinstance(value, str) else value
 
 
@@ -198,10 +224,12 @@ def shorten_command(command: str) -> str:
     program, *rest = shlex.split(command)
     if PurePath(program).name in ("__main__.py", "efficientsam"):
         program = "efficientsam"
-    tokens = [last_parts(program) if PurePath(program).is_absolute() else program]
+    tokens, option = [last_parts(program) if PurePath(program).is_absolute() else program], ""
     for token in rest:
         name, sign, value = token.partition("=") if token.startswith("--") else ("", "", token)
-        tokens.append(name + sign + shorten_paths(value))
+        option = name or option
+        is_mixture = option == "--train-mix" and value.lstrip().startswith(("[", "-"))  # and not a file's path
+        tokens.append(name + sign + (shorten_mixture(value) if is_mixture else shorten_paths(value)))
     return shlex.join(tokens)
 
 
@@ -222,7 +250,7 @@ def curve_rows(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _mean_line(lines: list[dict[str, Any]]) -> dict[str, Any]:
     row = {name: lines[-1][name] for name in ("step", "image_size") if name in lines[-1]}
     for name in CURVE_NAMES:
-        values = [line[name] for line in lines if name in line]
+        values = [line[name] for line in lines if line.get(name) is not None]
         if values:
             row[name] = round(statistics.fmean(values), 4)
     return row

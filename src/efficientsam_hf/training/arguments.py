@@ -91,6 +91,8 @@ class TrainerArguments:
         "checkpoint_every checkpoint_minutes keep_checkpoints max_nonfinite".split()
     )
 
+    as_yaml = frozenset()  # fields that hold YAML text, which a recipe may write as what it stands for
+
     def __post_init__(self):
         if not self.output_dir:
             raise ValueError("output_dir: the run needs a folder to write to, got none")
@@ -218,9 +220,8 @@ def build_arguments(kind: type[Arguments], recipe: dict[str, Any], flags: dict[s
     unknown = sorted(set(recipe) - fields)
     if unknown:
         raise ValueError(f"recipe: unknown names {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
-    structured = {item.name for item in dataclasses.fields(kind) if item.metadata.get("mapping")}
     recipe = {
-        name: yaml.safe_dump(value) if name in structured and isinstance(value, (list, dict)) else value
+        name: yaml.safe_dump(value) if name in kind.as_yaml and isinstance(value, (list, dict)) else value
         for name, value in recipe.items()
     }
     values = {name: _typed(name, value, hints[name]) for name, value in (recipe | flags).items()}

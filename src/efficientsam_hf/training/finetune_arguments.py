@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments of a finetuning run."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..data.augmentation import Augmentation
-from ..data.mixture import MixtureSource, read_mixture, write_mixture
+from ..data.mixture import CHANGES, MixtureSource, read_mixture, write_mixture
 from ..models.configuration_efficientsam import EfficientSamConfig
 from ..models.mask_cleaning_efficientsam import MaskCleaning
 from ..models.mask_generation_options_efficientsam import MaskGenerationOptions
@@ -49,8 +50,8 @@ class FinetuneArguments(PictureArguments):
     )
     freeze: str = option(
         "",
-        "Parts that are not trained, separated by commas: encoder, prompt_encoder, mask_decoder, or masks, which is all "
-        "of the decoder but the head that predicts the IoU.",
+        "Parts that are not trained, separated by commas: encoder, prompt_encoder, mask_decoder, or masks, which is "
+        "all of the decoder but the head that predicts the IoU.",
     )
     lora_rank: int = option(0, "Rank of adapters that are trained instead of the weights of lora_parts; 0 for none.")
     lora_alpha: float = option(16.0, "Adapters are scaled by lora_alpha / lora_rank.")
@@ -64,8 +65,7 @@ class FinetuneArguments(PictureArguments):
     )
     train_mix: str | None = option(
         None,
-        "Several sources with weights: a YAML file with a list of them, or such a list (docs/mixtures.md).",
-        mapping=True,
+        "Several sources with weights: a YAML file with a list of them, or such a list itself (docs/mixtures.md).",
     )
     masks_column: str = option(
         "masks", "Column of train_dataset with a label picture, a list of mask pictures, or a list of RLE masks."
@@ -113,15 +113,16 @@ class FinetuneArguments(PictureArguments):
     may_change = PictureArguments.may_change | frozenset(
         "gradient_checkpointing evaluate_scenes eval_annotations eval_images eval_limit".split()
     )
+    as_yaml = frozenset(["train_mix"])
 
     def __post_init__(self):
         super().__post_init__()
-        self._check_data()
         if not 0 <= self.min_object_area < self.max_object_area <= 1:
             raise ValueError(
                 f"min_object_area and max_object_area must be fractions in order, got {self.min_object_area} and "
                 f"{self.max_object_area}"
             )
+        self._check_data()
         self._check("evaluate_scenes", lambda value: value >= 0, "at least 0")
         for name in ("objects_per_image", "eval_limit"):
             self._check(name, lambda value: value is None or value >= 1, "at least 1")
@@ -153,14 +154,14 @@ class FinetuneArguments(PictureArguments):
         augmentation = self.augmentation()
         if self.train_scenes and (self.crops or augmentation != Augmentation()):
             raise ValueError(
-                f"horizontal_flip, the scales and crops are for annotated pictures, got {augmentation} and crops "
-                f"{self.crops} with scenes"
+                f"horizontal_flip, the scales, light and crops are for annotated pictures, got {augmentation} and "
+                f"crops {self.crops} with scenes"
             )
 
     def _check_mixture(self) -> None:
-        """Read the mixture once, and keep what it said: a run that goes on must not depend on a file that changed."""
-        if self.train_limit or self.crops:
-            raise ValueError(f"train_limit {self.train_limit} and crops {self.crops} are for one source, not train_mix")
+        """Put what a file says in the place of its path: a run that goes on must notice if the file has changed."""
+        for name in ("train_limit", "crops"):
+            self._check(name, lambda value: not value, "left out with train_mix, as it is for one source alone")
         sources = read_mixture(self.train_mix)
         self.train_mix = write_mixture(sources)
         if any(source.scenes for source in sources):
@@ -187,11 +188,15 @@ class FinetuneArguments(PictureArguments):
 
     def augmentation(self, source: MixtureSource | None = None) -> Augmentation:
         """How annotated pictures are changed, those of a source of train_mix as it says."""
-        names = ("horizontal_flip", "min_scale", "max_scale", "light")
-        run = Augmentation() if source and source.endless else self
-        defaults = [getattr(run, name) for name in names] if run is self else [0.0, 1.0, 1.0, 0.0]
-        own = [getattr(source, name, None) for name in names]
-        return Augmentation(*(default if value is None else value for default, value in zip(defaults, own)))
+        run = Augmentation(*(getattr(self, name) for name in CHANGES))
+        if source is None:
+            return run
+        usual = dataclasses.astuple(Augmentation() if source.endless else run)
+        own = [getattr(source, name) for name in CHANGES]
+        try:
+            return Augmentation(*(default if value is None else value for default, value in zip(usual, own)))
+        except ValueError as error:
+            raise ValueError(f"source {source.name!r}: {error}") from None
 
     def mixture(self) -> list[MixtureSource]:
         """Sources of train_mix, none without it."""

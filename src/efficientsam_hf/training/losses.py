@@ -90,7 +90,7 @@ def segmentation_losses(
     focal_alpha: float | torch.Tensor = 0.25,
     relaxation: float | torch.Tensor = 0.0,
 ) -> dict[str, torch.Tensor]:
-    """Loss and metrics of one prompt round, all scalars but "iou" (B, Q), which `miou` is the mean of.
+    """Loss and metrics of one prompt round: scalars, and "iou" (B, Q), of which `miou` is the mean.
 
     `logits` (B, Q, 4, h, w), `iou_predictions` (B, Q, 4), `targets` (B, Q, h, w) in [0, 1], `object_mask` (B, Q) bool.
     Of mask tokens 1 to 3 only the one with the lowest loss is trained (SAM paper, section 3), so that they can settle
@@ -99,9 +99,9 @@ def segmentation_losses(
     all): with 0 a mask that never wins is good for nothing if it is chosen all the same, with 1 the three are copies.
     With `focal_alpha` below 0.5 a cell that is mask in every second case gets a negative logit (-0.41 for 0.25): masks
     of uncertain objects come out too small. The scores of all four learn the actual IoU, and with `ranking_weight`
-    those of the three their order. `focal_alpha` and `relaxation` may differ by object: (B, Q). Objects where `object_mask` is False weigh
-    nothing; what remains is averaged over the real objects. `miou` is that of the multimask token with the highest
-    score, as it is used.
+    those of the three their order. `focal_alpha` and `relaxation` may differ by object: (B, Q). Objects where
+    `object_mask` is False weigh nothing; what remains is averaged over the real objects. `miou` is that of the
+    multimask token with the highest score, as it is used.
     """
     logits, iou_predictions = logits.float(), iou_predictions.float()
     expanded = targets[:, :, None]

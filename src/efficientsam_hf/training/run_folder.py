@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import asdict, fields
 from datetime import datetime, timezone
+from difflib import ndiff
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,10 +44,18 @@ def open_run(arguments: TrainerArguments) -> Path:
     before, now = defaults | recorded_arguments(run), asdict(arguments)
     differing = [name for name in now if name not in arguments.may_change and before[name] != now[name]]
     if differing:
-        changes = ", ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in differing)
+        changes = ", ".join(_describe_change(name, before[name], now[name]) for name in differing)
         raise ValueError(f"resume: {run} was started with other arguments: {changes}")
     (run / "checkpoints").mkdir(exist_ok=True)
     return run
+
+
+def _describe_change(name: str, before: Any, now: Any) -> str:
+    """What an argument was and is; of texts of many lines those that differ, - and +."""
+    if isinstance(before, str) and isinstance(now, str) and "\n" in before:
+        lines = ndiff(before.splitlines(), now.splitlines())
+        return f"{name} differs in {[f'{line[0]} {line[1:].strip()}' for line in lines if line[0] in '-+']}"
+    return f"{name} was {before!r} and is {now!r}"
 
 
 def recorded_arguments(run: Path) -> dict[str, Any] | None:
@@ -88,7 +97,7 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def _rounded(value: float) -> float | None:
-    """Six digits; None for a mean over nothing, which JSON has no number for."""
+    """A number to six digits; None for NaN, such as a mean over nothing, which JSON does not have."""
     return None if math.isnan(value) else float(f"{value:.6g}")
 
 

@@ -21,16 +21,16 @@ MOST_SKIPPED = 100  # unusable samples in a row after which there is no point in
 
 @dataclass(frozen=True)
 class SampleRows:
-    """Tensors of one picture after the other, of samples that can be read in any order."""
+    """Tensors of one picture at a time, of samples that can be read in any order."""
 
     samples: Sequence[dict[str, Any]]
     preparation: Preparation
 
     def row(self, seed: int, position: int, size: int, skipped: list[tuple[int, str]]) -> dict[str, torch.Tensor]:
-        """Tensors of the sample at a place of the seed's order, which is another one in every epoch.
+        """Tensors of the sample at a position of the seed's order, which is another one in every epoch.
 
-        Samples after it in that order stand in for one that cannot be used; (index, reason) of such is appended to
-        `skipped`. Raises ValueError if none of the next 100 (or of all, if they are fewer) could be used.
+        The one after it in that order stands in for a sample that cannot be used, whose (index, reason) is appended to
+        `skipped`. Raises ValueError if none of 100 in a row (or of all, if they are fewer) could be used.
         """
         count = len(self.samples)
         epoch, place = divmod(position, count)

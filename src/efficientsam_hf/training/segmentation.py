@@ -75,8 +75,8 @@ class InteractiveSegmentation(nn.Module):
     says which object is meant and how large it is, so its three masks need not differ, and what is uncertain in it is
     more often object than what is uncertain around a click.
     With `whole_size`, a side in pixels, smaller images are parts of pictures that would be as large: those of a batch
-    lie together at a random place of it. With `sources`, the names of the numbers in a batch's "source" (B), metrics
-    have the `miou` of each, NaN for one that a batch has no object of.
+    lie together at a random place of it. `sources` names the numbers in a batch's "source" (B); metrics then have the
+    "miou/NAME" of each, NaN where a batch has no object of it.
     """
 
     def __init__(
@@ -189,8 +189,10 @@ class InteractiveSegmentation(nn.Module):
             metrics |= {name if number == 1 else f"{name}_{number}": v.detach() for name, v in losses.items()}
         return metrics | {"loss": total / weight.clamp(min=1), "weight": weight}
 
-    def _by_source(self, ious: torch.Tensor, object_mask: torch.Tensor, source: torch.Tensor | None):
-        """Mean IoU of the objects of each source, () by name; ious and object_mask (B, Q), source (B)."""
+    def _by_source(
+        self, ious: torch.Tensor, object_mask: torch.Tensor, source: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        """Mean IoU of each source's objects, () by name: ious (B, Q), object_mask (B, Q), source (B)."""
         if source is None:
             return {}
         mine = {name: object_mask & (source == index)[:, None] for index, name in enumerate(self.sources)}

@@ -49,9 +49,10 @@ Batch = dict[str, torch.Tensor]
 class Trainer:
     """Trains a module until its steps or its minutes are used up, and leaves RUN/model behind.
 
-    `module(batch)` returns {"loss": scalar, ...other scalars to log, NaN where a batch has nothing to count}; `module.save_pretrained(folder)` writes what the
-    run is for. A loss that is a mean over something else than the images of a batch comes with a "weight", the number
-    of what it is a mean over: batches of other processes and of gradient accumulation then count by it. Optional are
+    `module(batch)` returns {"loss": scalar, ...other scalars to log}; `module.save_pretrained(folder)` writes what the
+    run is for. Scalars with a "/" in their names are of a part of the data, NaN where a batch has none of it.
+    A loss that is a mean over something else than the images of a batch comes with a "weight", the number of what it
+    is a mean over: batches of other processes and of gradient accumulation then count by it. Optional are
     `module.compile_parts()`, `module.picture(batch) -> PIL image`, and for `layer_decay` `module.depths()`, the layers
     above each parameter by its name.
     `batches(start, stage)` yields the batches of this process from number `start` on, at the stage's image size; it is
@@ -285,9 +286,7 @@ class Trainer:
         if finite:
             self.nonfinite = 0
             self.average.update()
-            self.window.append(
-                {name: torch.stack([m[name] for m in metrics]).nanmean() for name in metrics[0]} | {"grad_norm": norm}
-            )
+            self.window.append(_means(metrics) | {"grad_norm": norm})
             return
         self.nonfinite += 1
         self.log("nonfinite", step=self.step, in_a_row=self.nonfinite)
@@ -317,10 +316,7 @@ class Trainer:
     def _log_window(self, bar: tqdm, progress: float) -> None:
         now = self.elapsed()
         speed = self.window_images / max(now - self.window_start, 1e-9)
-        means = {}
-        if self.window:
-            names = self.window[0]
-            means = {name: torch.stack([row[name].float() for row in self.window]).nanmean().item() for name in names}
+        means = {name: value.item() for name, value in _means(self.window).items()}
         self.log(
             "train", step=self.step, progress=progress, elapsed=now, images=self.images, images_per_s=speed,
             learning_rate=self.learning_rate, image_size=self.stage.image_size, **means,
@@ -535,6 +531,12 @@ class Trainer:
         layout = "{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}"
         hidden = not self.accelerator.is_main_process
         return tqdm(total=1.0, initial=progress, bar_format=layout, disable=hidden, dynamic_ncols=True)
+
+
+def _means(rows: list[Batch]) -> Batch:
+    """Mean of each scalar; for one of a part of the data, over the rows that have some of it."""
+    stacks = {name: torch.stack([row[name].float() for row in rows]) for name in (rows[0] if rows else ())}
+    return {name: values.nanmean() if "/" in name else values.mean() for name, values in stacks.items()}
 
 
 def _available_trackers(report_to: str) -> list[str]:
