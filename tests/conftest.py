@@ -82,7 +82,7 @@ def processor() -> "EfficientSamProcessor":
 
     processor = EfficientSamProcessor.from_pretrained(default_checkpoint())
     processor.image_processor = EfficientSamImageProcessor.from_pretrained(
-        default_checkpoint(), size=256, mask_generation=None
+        default_checkpoint(), size=256, mask_generation=None, mask_cleaning=None
     )
     return processor
 

@@ -90,7 +90,7 @@ def test_a_part_without_linear_layers_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"freeze": "encode"}, "freeze must name some of encoder, prompt_encoder, mask_decoder, got 'encode'"),
+        ({"freeze": "encode"}, "freeze must name some of encoder, prompt_encoder, mask_decoder, masks, got 'encode'"),
         ({"lora_parts": "neck"}, "lora_parts must name some of"),
         ({"lora_rank": -1}, "lora_rank must be at least 0"),
         ({"lora_rank": 4, "lora_alpha": 0.0}, "lora_alpha must be greater than 0"),

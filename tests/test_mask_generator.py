@@ -81,20 +81,20 @@ def test_what_is_kept_in_memory_changes_nothing(generator, picture, monkeypatch,
     assert all(iou(a, b) > 0.999 for a, b in zip(result["masks"], expected["masks"], strict=True))
 
 
-def test_the_bounds_of_a_box_hold(generator, picture, monkeypatch) -> None:
+def test_the_bounds_of_a_box_hold(generator, photo, monkeypatch) -> None:
     """Masks that are certain to be suppressed are never looked at; looking at all of them gives the same."""
-    options = {"points_per_crop": 12, "pred_iou_thresh": 0.1}
+    options = {"points_per_crop": 20, "pred_iou_thresh": 0.1, "stability_score_thresh": 0.3, "crops_nms_thresh": 0.5}
     generator = EfficientSamMaskGenerator(
         generator.model, EfficientSamImageProcessor.from_pretrained(default_checkpoint()), **LOW
     )
-    expected = generator(picture, **options)
+    expected = generator(photo, **options)
     looked_at = []
     exact = module._Crop._exact_masks
     monkeypatch.setattr(module._Crop, "_exact_masks", lambda *a: looked_at.append(1) or exact(*a))
-    assert same_masks(generator(picture, **options), expected)
+    assert same_masks(generator(photo, **options), expected)
     few = len(looked_at)
     monkeypatch.setattr(module, "_certain_iou", lambda inner, outer, boxes: torch.zeros(len(inner), len(boxes)))
-    assert same_masks(generator(picture, **options), expected)
+    assert same_masks(generator(photo, **options), expected)
     assert few < len(looked_at) - few
 
 
@@ -349,7 +349,7 @@ def test_pictures_without_anything_on_them(generator, size, thresholds: float) -
 
 def test_black_and_very_flat_pictures_at_the_usual_thresholds(generator) -> None:
     """What is one pixel thick is no exception to suppression, and nothing is found on nothing."""
-    thresholds = {"pred_iou_thresh": 0.5, "stability_score_thresh": 0.6}
+    thresholds = {"pred_iou_thresh": 0.88, "stability_score_thresh": 0.95}
     black = generator(Image.new("RGB", (300, 200)), points_per_crop=8, **thresholds)
     assert black["masks"] == []
     for size in ((10_000, 1), (1, 10_000)):
@@ -614,14 +614,20 @@ def test_pipeline_has_the_generator_that_tells_progress(model, processor, pictur
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_the_same_masks(model, processor, picture, generator, dtype: torch.dtype) -> None:
-    """Every mask has its partner, in either direction, and all together share 99 % of their pixels."""
+    """Every mask has its partner, in either direction, and all together share 99 % of their pixels.
+
+    But for masks so near to a threshold that rounding decides.
+    """
     half = EfficientSamModel.from_pretrained(default_checkpoint(), dtype=dtype)
     result = EfficientSamMaskGenerator(half, processor, **LOW)(picture)
     expected = generator(picture)
     assert result["scores"].dtype == torch.float32 and len(expected["masks"]) > 5
-    for masks, others in ((result["masks"], expected["masks"]), (expected["masks"], result["masks"])):
-        partners = [max(others, key=lambda other: iou(mask, other)) for mask in masks]
-        assert min(map(iou, masks, partners)) > 0.9
+    for one, other in ((result, expected), (expected, result)):
+        sure = one["scores"] > LOW["pred_iou_thresh"] + 0.02
+        sure &= one["stability_scores"] > LOW["stability_score_thresh"] + 0.01
+        masks = [mask for mask, kept in zip(one["masks"], sure) if kept]
+        partners = [max(other["masks"], key=lambda candidate: iou(mask, candidate)) for mask in masks]
+        assert len(masks) > 5 and min(map(iou, masks, partners)) > 0.9
         assert iou(np.stack(masks), np.stack(partners)) >= 0.99
 
 

@@ -26,7 +26,9 @@ def test_answers_are_the_models(predictor, photo, multimask: bool) -> None:
     )
     with torch.no_grad():
         outputs = predictor.model(**inputs, multimask_output=multimask)
-    expected = predictor.processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"])[0][0]
+    expected = predictor.processor.post_process_masks(outputs.pred_masks, inputs["original_sizes"], prompts=inputs)[0][
+        0
+    ]
     assert masks.shape == (3 if multimask else 1, 300, 451) and masks.dtype == bool
     assert np.mean(masks != expected.numpy()) < 1e-4
     np.testing.assert_allclose(scores, outputs.iou_scores[0, 0].numpy(), atol=1e-4)

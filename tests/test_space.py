@@ -31,7 +31,7 @@ from efficientsam_hf import (
     default_checkpoint,
 )
 from efficientsam_hf.cli import demo, main
-from efficientsam_hf.models.mask_cleaning_efficientsam import label_parts
+from efficientsam_hf.models.mask_cleaning_efficientsam import Parts
 from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle
 
 
@@ -482,7 +482,7 @@ def test_demo_serves_the_files_of_the_space(demo_facts: dict) -> None:
     assert (options["server_name"], options["server_port"], options["share"]) == ("127.0.0.1", 7999, False)
     assert options["max_file_size"] == pictures.MAX_BYTES and not options["run_history"]
     assert not options["enable_monitoring"]
-    assert "Model: efficientsam_ti_scenes" in demo_facts["title"]
+    assert "Model: efficientsam_ti" in demo_facts["title"]
 
 
 def test_only_the_calls_for_programs_are_public(demo_facts: dict) -> None:
@@ -654,12 +654,9 @@ def save_with(folder: Path, **options: dict) -> segmenting.Segmenter:
 
 
 def parts_and_holes(mask: np.ndarray) -> tuple[int, int]:
-    numbers = [
-        label_parts(torch.from_numpy(mask)[None]).unique(),
-        label_parts(torch.from_numpy(np.pad(~mask, 1, constant_values=True))[None], corners=False).unique(),
-    ]
-    parts, around = (int((value > 0).sum()) for value in numbers)
-    return parts, around - 1
+    parts = Parts.of(mask, corners=True)
+    around = Parts.of(np.pad(~mask, 1, constant_values=True), corners=False)
+    return len(set(parts.numbers)), len(set(around.numbers)) - 1
 
 
 def is_whole(mask: np.ndarray) -> bool:

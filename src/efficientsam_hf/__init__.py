@@ -33,7 +33,7 @@ register_pipeline()
 
 def default_checkpoint() -> str:
     """Path of the folder that ships with the package: a small model with its processor, for any `from_pretrained`."""
-    return str(Path(__file__).parent / "checkpoints" / "efficientsam_ti_scenes")
+    return str(Path(__file__).parent / "checkpoints" / "efficientsam_ti")
 
 
 __all__ = [

@@ -85,7 +85,8 @@ def _set_cleaning(processor: Any, cleaning: dict[str, Any], name: str) -> None:
     if not hasattr(processor.image_processor, "mask_cleaning"):
         flag = next(iter(cleaning)).replace("_", "-")
         raise ValueError(f"--{flag} is for EfficientSAM models, {name} has a {type(processor).__name__}")
-    processor.image_processor.mask_cleaning |= cleaning
+    before = processor.image_processor.mask_cleaning or {}
+    processor.image_processor.mask_cleaning = {**before, **cleaning}
 
 
 def model_name(name: str) -> str:

@@ -364,7 +364,7 @@ def _start_text(record: RunRecord) -> str:
 def _saw_scenes_only(record: RunRecord) -> bool:
     """Whether neither the run nor what it started from can have seen a photo."""
     start = str(record.arguments.get("model", ""))
-    return _trained_on_scenes(record) and (start in VISION_PRESETS or start == "default")
+    return _trained_on_scenes(record) and start in VISION_PRESETS
 
 
 def _data_text(record: RunRecord) -> str:

@@ -213,7 +213,7 @@ class EfficientSamImageProcessor(BaseImageProcessor):
             ValueError: if the numbers of images differ, or that of prompts and masks.
             TypeError: for an unknown option.
         """
-        options = MaskCleaning().with_changes({**self.mask_cleaning, **cleaning})
+        options = MaskCleaning().with_changes({**(self.mask_cleaning or {}), **cleaning})
         sizes = [tuple(int(value) for value in size) for size in _to_lists(original_sizes)]
         if len(sizes) != len(masks):
             raise ValueError(f"original_sizes is for {len(sizes)} images, but masks for {len(masks)}")

@@ -108,9 +108,9 @@ def _clean(mask: np.ndarray, cleaning: MaskCleaning, on: np.ndarray, beside: np.
 class Parts:
     """The connected parts of a mask of `size` (height, width), as runs of its rows.
 
-    Run i reaches from pixel `starts[i]` to before `ends[i]` of row `rows[i]`, and belongs to part `numbers[i]`; `areas`
-    (R) are those of the part that a run belongs to. Runs are few, so that a mask of millions of pixels takes no more
-    than looking at each pixel once.
+    Run i reaches from pixel `starts[i]` to before `ends[i]` of row `rows[i]`, and belongs to part `numbers[i]`;
+    `areas` (R) are those of the part that a run belongs to. Runs are few, so that a mask of millions of pixels takes
+    no more than looking at each pixel once.
     """
 
     size: tuple[int, int]
