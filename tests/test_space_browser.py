@@ -248,7 +248,7 @@ def test_background_click_takes_area_away(tab: Tab, predictor: EfficientSamPredi
     tab.wait_for_canvas(lambda address: address != drawn)
     after = tab.mask()
     assert differ(after, best(predictor, point_coords=[first, second], point_labels=[1, 0])) < SAME
-    assert after.sum() < 0.5 * before.sum()
+    assert after.sum() < 0.8 * before.sum()
     assert before[CUP[1], CUP[0]] and not after[CUP[1], CUP[0]]
 
 
@@ -299,8 +299,8 @@ def test_whole_masks_are_a_switch(tab: Tab, predictor: EfficientSamPredictor) ->
     prompts = predictor.processor(original_sizes=[SIZE[::-1]], input_points=[[[point]]], return_tensors="pt")
     best_first = low[:, :, np.argsort(-predictor.predict([point])[1]).tolist()]
     switch, took = tab.page.get_by_role("checkbox", name="Whole masks"), tab.status().partition("Decoded in")[2]
-    for whole in (not switch.is_checked(), switch.is_checked()):
-        tab.files()
+    tab.files()
+    for whole in (not switch.is_checked(), switch.is_checked()):  # each begins with files of the other state
         switch.set_checked(whole)
         expect(tab.page.locator("#files a")).to_have_count(0)
         cleaning = {"largest_part": whole, "fill_holes": 10.0 * whole, "within_box": whole}
