@@ -25,6 +25,7 @@ from efficientsam_hf.models.rle_efficientsam import encode_rle
 from efficientsam_hf.training.attention import use_matrix_products
 from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.mask_preparation import MaskPreparation
+from efficientsam_hf.training.mixture_batches import MixtureBatches
 from efficientsam_hf.training.optimizers import make_optimizers
 from efficientsam_hf.training.sample_batches import SampleBatches
 from efficientsam_hf.training.scene_batches import scene_samples
@@ -71,7 +72,7 @@ def seconds_per_epoch(batches: SampleBatches | StreamBatches, args: argparse.Nam
     return time.perf_counter() - start
 
 
-def seconds_per_step(batches: SampleBatches, args: argparse.Namespace) -> float:
+def seconds_per_step(batches: SampleBatches | MixtureBatches, args: argparse.Namespace) -> float:
     """Median seconds of forward, backward and optimiser, after one step for warming up."""
     model = EfficientSamModel(EfficientSamConfig.from_preset("ti", vision_config={"image_size": args.image_size}))
     if args.device == "cpu":

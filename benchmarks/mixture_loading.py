@@ -14,19 +14,15 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
+from loading import seconds_per_step
 
-from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel
+from efficientsam_hf import EfficientSamImageProcessor
 from efficientsam_hf.data.mixture import open_sources
-from efficientsam_hf.machine import is_emulated
 from efficientsam_hf.models.rle_efficientsam import encode_rle
-from efficientsam_hf.training.attention import use_matrix_products
 from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.mixture_batches import MixtureBatches, mixture_sources
-from efficientsam_hf.training.optimizers import make_optimizers
 from efficientsam_hf.training.scene_batches import scene_samples
 from efficientsam_hf.training.schedule import Stage
-from efficientsam_hf.training.segmentation import InteractiveSegmentation
 
 
 MIXTURE = """\
@@ -90,30 +86,6 @@ def pictures_per_second(batches: MixtureBatches, args: argparse.Namespace, first
     return count * args.batch_size / (time.perf_counter() - start)
 
 
-def trained_per_second(batches: MixtureBatches, args: argparse.Namespace) -> float:
-    """Median speed of forward, backward and optimiser, after one step for warming up."""
-    model = EfficientSamModel(EfficientSamConfig.from_preset("ti", vision_config={"image_size": args.image_size}))
-    if args.device == "cpu":
-        use_matrix_products(model)
-    module = InteractiveSegmentation(model.to(args.device))
-    arguments = FinetuneArguments(output_dir="unused", max_steps=1, train_scenes=True)
-    (optimizer,) = make_optimizers(module, arguments, fused=True)
-    source = batches(0, Stage(0.0, args.image_size, args.batch_size))
-    times, emulated = [], is_emulated(torch.bfloat16, args.device)
-    for _ in range(args.steps + 1):
-        batch = {name: value.to(args.device) for name, value in next(source).items()}
-        start = time.perf_counter()
-        with torch.autocast(args.device, torch.bfloat16, enabled=not emulated):
-            loss = module(batch)["loss"]
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if args.device != "cpu":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return args.batch_size / statistics.median(times[1:])
-
-
 def main() -> None:
     args = parse_arguments()
     with tempfile.TemporaryDirectory() as name:
@@ -122,7 +94,7 @@ def main() -> None:
         for number in range(args.rounds):
             for name, own in batches.items():
                 speeds[name].append(pictures_per_second(own, args, number * (args.pictures // args.batch_size + 1)))
-        trained = trained_per_second(batches["the mixture"], args) if args.steps else None
+        trained = args.batch_size / seconds_per_step(batches["the mixture"], args) if args.steps else None
     width = max(map(len, batches))
     for name, values in speeds.items():
         speed = statistics.median(values)

@@ -118,6 +118,9 @@ def test_only_tiles_lift_the_limit_on_large_pictures(picture: str, monkeypatch) 
         (["--everything", "--crops-n-layers", "9"], "crops_n_layers 9 cuts"),
         (["--everything", "--tile", "10"], "tile must be at least 64"),
         (["--everything", "--all-masks"], "--all-masks"),
+        (["--everything", "--within-box"], "--within-box is for prompts"),
+        (["--everything", "--mask-nms-thresh", "7"], "mask_nms_thresh must be a number from 0 to 1, got 7"),
+        (["--point", "3,3", "--fill-holes", "-1"], "fill_holes must be a fraction of at least 0, got -1"),
     ],
 )
 def test_refusals(picture: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags, words: str) -> None:

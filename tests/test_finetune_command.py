@@ -210,6 +210,40 @@ def test_training_on_tars_of_sa1b(tmp_path: Path) -> None:
     assert "sa_2.json is not a JSON file" in events(tmp_path / "run", "skipped")[0]["reason"]
 
 
+def test_own_pictures_without_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What `coco_custom` has measured, but for the flags; the steps are told before, and no step is spent on that."""
+    mask = np.zeros((48, 64), bool)
+    mask[8:30, 10:40] = True
+    Image.fromarray(mask).convert("RGB").save(tmp_path / "0.png")
+    content = {
+        "images": [{"id": 0, "file_name": "0.png", "height": 48, "width": 64}],
+        "annotations": [{"image_id": 0, "segmentation": encode_rle(mask)}],
+    }
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    own = ["finetune", "--train-annotations", str(tmp_path / "train.json"), "--train-images", str(tmp_path)]
+    small = ["--model", "ti", "--model-overrides", read_recipe("smoke", "finetune")["model_overrides"], "--cpu"]
+    small += ["--mixed-precision", "no"]  # as all runs of this process
+    assert (
+        main([*own, *small, "--image-sizes", "64x2", "--max-minutes", "0.03", "--output-dir", str(tmp_path / "a")])
+        == 0
+    )
+    output = capsys.readouterr()
+    told = re.search(r"0.03 minutes give about (\d+) steps of (\d+) images in all \(\d+ at 64 pixels\)", output.out)
+    assert int(told[2]) == 2 * int(told[1]) > 0
+    assert "warning: warmup_steps 20 is much of about" in output.err
+    arguments = json.loads((tmp_path / "a" / "args.json").read_text())["arguments"]
+    recipe = read_recipe("coco_custom", "finetune")
+    assert all(arguments[name] == recipe[name] for name in ("optimizer", "ema_decay", "box_prompts", "warmup_steps"))
+    first = [event for event in events(tmp_path / "a", "start") if event["step"] == 0]
+    assert first and first[0]["elapsed"] < 0.5
+    # With a number of steps nothing has to be told, and the recipe's minutes do not end the run.
+    assert main([*own, *small, "--batch-size", "1", "--image-sizes", "64", "--max-steps", "1",
+                 "--output-dir", str(tmp_path / "b")]) == 0  # fmt: skip
+    assert "give about" not in capsys.readouterr().out
+    arguments = json.loads((tmp_path / "b" / "args.json").read_text())["arguments"]
+    assert (arguments["max_minutes"], arguments["max_steps"], arguments["batch_size"]) == (None, 1, 1)
+
+
 def test_a_model_of_another_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     SamConfig().save_pretrained(tmp_path / "sam")
     flags = ["--model", str(tmp_path / "sam"), "--model-overrides", "{}", "--max-steps", "1"]

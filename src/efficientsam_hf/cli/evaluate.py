@@ -180,6 +180,7 @@ def _check(args: argparse.Namespace) -> None:
     if args.boxes and not args.annotations:
         raise ValueError("--boxes needs --annotations and --images")
     generator_options(args)
+    check_cleaning(args)
     if args.everything and (args.boxes or args.save_worst or not args.annotations):
         raise ValueError("--everything needs --annotations and --images, and no --boxes or --save-worst")
     for option, given, default in (("--prompts", args.prompts, DEFAULT_PROTOCOLS), ("--clicks", args.clicks, CLICKS)):

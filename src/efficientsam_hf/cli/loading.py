@@ -36,12 +36,17 @@ def add_cleaning_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_cleaning(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_cleaning_options` was given, by the names of `MaskCleaning`; ValueError for a wrong value."""
+    """What `add_cleaning_options` was given, by the names of `MaskCleaning`.
+
+    Raises ValueError for a wrong value, and for a box where everything is asked for without one.
+    """
     from ..models.mask_cleaning_efficientsam import MaskCleaning
 
     values = {name: getattr(args, name, None) for name in ("largest_part", "fill_holes", "within_box")}
     given = {name: value for name, value in values.items() if value is not None}
     MaskCleaning().with_changes(given)
+    if "within_box" in given and getattr(args, "everything", False):
+        raise ValueError("--within-box is for prompts: --everything has no boxes")
     return given
 
 

@@ -10,6 +10,7 @@ from ..files import write_json
 from .loading import model_name, warn_if_emulated
 from .running import (
     add_fields,
+    announce,
     dataset_source,
     log_skipped,
     make_trainable,
@@ -76,6 +77,7 @@ def pretrain(arguments: Any) -> dict[str, Any]:
     if source:
         log_skipped(trainer, batches)
     _check_target(arguments, teacher, cache)
+    announce(trainer.plan(), arguments)
     return trainer.train()
 
 

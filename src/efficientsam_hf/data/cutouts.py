@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from ..models.image_processing_efficientsam import check_picture
+from .images import find_pictures
 
 
 ENDINGS = (".webp", ".png", ".tif", ".tiff")
@@ -29,12 +30,7 @@ class CutoutFolder:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"folder of cut-outs {self.folder} does not exist or is not a folder")
-        self._files = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in ENDINGS)
-        if not self._files:
-            raise ValueError(f"folder of cut-outs {self.folder} holds no pictures ({', '.join(ENDINGS)})")
+        self._files = find_pictures(Path(folder), "folder of cut-outs", ENDINGS)
         kinds = [path.parent / re.sub(r"[_-]\d+$", "", path.stem) for path in self._files]
         groups: dict[Path, list[int]] = {}
         for index, kind in enumerate(kinds):

@@ -19,6 +19,19 @@ from .tars import stream_rows, tar_files
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
+def find_pictures(folder: Path, shown: str, endings: tuple[str, ...]) -> list[Path]:
+    """Files of a folder and its subfolders whose names end so, in any case, in the order of their paths.
+
+    Raises `FileNotFoundError` if the folder, which messages call `shown`, is missing, and `ValueError` if it has none.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{shown} {folder} does not exist or is not a folder")
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    if not files:
+        raise ValueError(f"{shown} {folder} holds no pictures ({', '.join(endings)})")
+    return files
+
+
 class ImageFolder:
     """Pictures of a folder and its subfolders, in the order of their paths; nothing is read before access.
 
@@ -29,11 +42,7 @@ class ImageFolder:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        if not self.folder.is_dir():
-            raise FileNotFoundError(f"image folder {self.folder} does not exist or is not a folder")
-        self._files = sorted(path for path in self.folder.rglob("*") if path.suffix.lower() in ENDINGS)
-        if not self._files:
-            raise ValueError(f"image folder {self.folder} holds no pictures ({', '.join(ENDINGS)})")
+        self._files = find_pictures(self.folder, "image folder", ENDINGS)
 
     def __len__(self) -> int:
         return len(self._files)

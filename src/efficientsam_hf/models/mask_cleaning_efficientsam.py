@@ -39,14 +39,19 @@ class MaskCleaning:
 
     def with_changes(self, changes: dict[str, Any]) -> "MaskCleaning":
         """These options with others in their place; TypeError if one is unknown, ValueError if a value is wrong."""
-        names = [field.name for field in dataclasses.fields(self)]
-        unknown = sorted(set(changes) - set(names))
-        if unknown:
-            raise TypeError(f"unknown option {unknown[0]!r} of mask cleaning, expected {', '.join(names)}")
-        return dataclasses.replace(self, **changes)
+        return changed_options(self, changes, "mask cleaning")
 
     def __bool__(self) -> bool:
         return self.largest_part or self.fill_holes > 0 or self.within_box
+
+
+def changed_options(options: Any, changes: dict[str, Any], shown: str) -> Any:
+    """A dataclass of options, which messages call `shown`, with other values; TypeError if one is unknown."""
+    names = [field.name for field in dataclasses.fields(options)]
+    unknown = sorted(set(changes) - set(names))
+    if unknown:
+        raise TypeError(f"unknown option {unknown[0]!r} of {shown}, expected {', '.join(names)}")
+    return dataclasses.replace(options, **changes)
 
 
 def clean_masks(
@@ -195,4 +200,4 @@ def _pixels_at(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.clip(np.floor(points).astype(np.int64), 0, [size[1] - 1, size[0] - 1])
 
 
-__all__ = ["MaskCleaning", "Parts", "clean_logits", "clean_masks"]
+__all__ = ["MaskCleaning", "Parts", "changed_options", "clean_logits", "clean_masks"]

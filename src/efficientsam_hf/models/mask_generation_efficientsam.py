@@ -208,7 +208,7 @@ class _Crop:
         self.cells = (4 * embeddings.shape[2], 4 * embeddings.shape[3])
         self.cells_per_pixel = max(1.0, math.prod(self.cells) / math.prod(self.size))
         self.patch_size = generator.model.config.vision_config.patch_size
-        self.cleaning = options.cleaning
+        self.cleaning = options.cleaning()
         self.on_cpu = embeddings.device.type == "cpu"
 
     def masks(self) -> list[FoundMask]:
@@ -259,7 +259,7 @@ class _Crop:
             logits = masks[rows, tokens]
             good, cores, windows = promising(logits, self.options, self.cells_per_pixel)
             logits, rows, tokens = logits[good], rows[good], tokens[good]
-            if self.cleaning and len(rows):
+            if self.cleaning and len(rows):  # also where a mask is, by which better ones suppress it
                 logits = self._whole(logits, self.prompts[start + prompts[rows]])
                 good, cores, windows = promising(logits, self.options, self.cells_per_pixel)
                 logits, rows, tokens = logits[good], rows[good], tokens[good]
@@ -322,7 +322,7 @@ class _Crop:
         """
         options = self.options
         full, corner = self._at_full_size(logits, candidates.windows)
-        if self.cleaning:
+        if self.cleaning:  # once more: what was one part of cells can be several of pixels
             clicks = [self._crop_point(index) for index in candidates.points.tolist()]
             clicks = torch.tensor(clicks, device=full.device)[:, None] - torch.tensor(corner, device=full.device)
             labels = torch.ones(clicks.shape[:2], dtype=torch.long, device=full.device)

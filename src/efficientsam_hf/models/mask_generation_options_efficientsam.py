@@ -7,7 +7,7 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
-from .mask_cleaning_efficientsam import MaskCleaning
+from .mask_cleaning_efficientsam import MaskCleaning, changed_options
 
 
 OUTPUT_TYPES = ("bool", "rle", "coco_rle")
@@ -85,7 +85,7 @@ class MaskGenerationOptions:
             self._check(name, _is_number, lambda value: value >= 0, "at least 0", none=True)
         for name in ("output_rle_mask", "output_bboxes_mask"):
             self._check(name, lambda value: isinstance(value, bool), lambda value: True, "True or False")
-        self.cleaning  # noqa: B018 - checks its values
+        self.cleaning()
         self._check("output_type", _is_text, lambda value: value in OUTPUT_TYPES, f"one of {', '.join(OUTPUT_TYPES)}")
         self._check("sort_by", _is_text, lambda value: value in SORTS, f"one of {', '.join(SORTS)}")
 
@@ -94,9 +94,8 @@ class MaskGenerationOptions:
         if not (none and value is None) and not (fits(value) and accepts(value)):
             raise ValueError(f"{name} must be {expected}, got {value!r}")
 
-    @property
     def cleaning(self) -> MaskCleaning:
-        """What is done to each mask; nothing where nothing is said."""
+        """What is done to each mask, nothing where nothing is said; ValueError for a wrong value."""
         values = {name: getattr(self, name) for name in ("largest_part", "fill_holes")}
         return MaskCleaning().with_changes({name: value for name, value in values.items() if value is not None})
 
@@ -112,10 +111,7 @@ class MaskGenerationOptions:
 
     def with_changes(self, changes: dict[str, Any]) -> "MaskGenerationOptions":
         """These options with others in their place; TypeError if one is unknown, ValueError if a value is wrong."""
-        unknown = sorted(set(changes) - set(self.names()))
-        if unknown:
-            raise TypeError(f"unknown option {unknown[0]!r} of mask generation, expected {', '.join(self.names())}")
-        return dataclasses.replace(self, **changes)
+        return changed_options(self, changes, "mask generation")
 
 
 def _is_whole(value: Any) -> bool:

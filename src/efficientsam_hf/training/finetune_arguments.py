@@ -219,20 +219,19 @@ class FinetuneArguments(PictureArguments):
 
     def generation_options(self) -> dict:
         """What the model's processor keeps of `MaskGenerationOptions`."""
-        options = read_mapping(self.mask_generation, "mask_generation")
-        try:
-            MaskGenerationOptions().with_changes(options)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"mask_generation: {error}") from None
-        return options
+        return self._read_options("mask_generation", MaskGenerationOptions)
 
     def cleaning_options(self) -> dict:
         """What the model's processor keeps of `MaskCleaning`."""
-        options = read_mapping(self.mask_cleaning, "mask_cleaning")
+        return self._read_options("mask_cleaning", MaskCleaning)
+
+    def _read_options(self, name: str, kind: type[MaskGenerationOptions] | type[MaskCleaning]) -> dict:
+        """The mapping that a field holds as YAML; ValueError that names the field if `kind` has no such options."""
+        options = read_mapping(getattr(self, name), name)
         try:
-            MaskCleaning().with_changes(options)
+            kind().with_changes(options)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"mask_cleaning: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
         return options
 
     def sampling(self) -> PromptSampling:

@@ -170,13 +170,15 @@ class Trainer:
             return self._finish(progress)
 
     def plan(self) -> dict[str, Any] | None:
-        """How many steps `max_minutes` will give, judged by a step of each stage; None without, or to go on.
+        """How many steps `max_minutes` will give, judged by a step of each stage.
+
+        None where that is no question: without minutes, with a number of steps, and to go on.
 
         {"steps", "images", "stages": [{"image_size", "steps"}]}. Nothing is learned by these steps, and they are not
         counted. Every process must come here.
         """
         limit = self.arguments
-        if not limit.max_minutes or limit.resume:
+        if not limit.max_minutes or limit.max_steps or limit.resume:
             return None
         starts = [stage.start for stage in self.stages] + [1.0]
         seconds = [60 * limit.max_minutes * (end - start) for start, end in zip(starts, starts[1:])]
@@ -186,7 +188,7 @@ class Trainer:
             for count, stage in zip(steps, self.stages)
         )
         stages = [{"image_size": stage.image_size, "steps": count} for count, stage in zip(steps, self.stages)]
-        plan = {"steps": min(sum(steps), limit.max_steps or sum(steps)), "images": images, "stages": stages}
+        plan = {"steps": sum(steps), "images": images, "stages": stages}
         self.log("plan", **plan)
         return plan
 
