@@ -5,8 +5,12 @@
 # PHOTO is any picture; PHOTOS the folder of docs/photos.md, without which nothing is trained (its train splits fit into
 # 40 MiB after `python benchmarks/pack_photos.py`); OUT takes the logs, and the trained model in pieces of 12 MB.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ ! -f "${1:-}" ] || [ -n "${2:-}" ] && [ ! -d "$2" ]; then
+    echo "usage: on_gpu.sh PHOTO [PHOTOS] [OUT]: a picture, and a folder, got '${1:-}' and '${2:-}'" >&2
+    exit 2
+fi
 photo=$(realpath "$1") photos=${2:+$(realpath "$2")} out=$(realpath -m "${3:-runs/on_gpu}")
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
 mkdir -p "$out"
 export PYTHONPATH=$PWD/src PYTHONUNBUFFERED=1
 
