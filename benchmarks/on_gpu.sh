@@ -5,7 +5,7 @@
 # PHOTO is any picture; PHOTOS the folder of docs/photos.md, without which nothing is trained (its train splits fit into
 # 40 MiB after `python benchmarks/pack_photos.py`); OUT takes the logs, and the trained model in pieces of 12 MB.
 set -uo pipefail
-if [ ! -f "${1:-}" ] || [ -n "${2:-}" ] && [ ! -d "$2" ]; then
+if [ ! -f "${1:-}" ] || [ -n "${2:-}" ] && [ ! -d "${2:-}" ]; then
     echo "usage: on_gpu.sh PHOTO [PHOTOS] [OUT]: a picture, and a folder, got '${1:-}' and '${2:-}'" >&2
     exit 2
 fi
