@@ -8,8 +8,9 @@ READY := $(VENV)/.ready
 WORKERS ?= 2
 PARALLEL := -n $(WORKERS) --dist loadfile
 DEMO := outputs/demo
+MINUTES ?= 30
 
-.PHONY: help env demo test test-slow test-browser style quality build clean
+.PHONY: help env demo test test-slow test-browser fuzz style quality build clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +18,7 @@ help:
 	@echo "make test       the default tests"
 	@echo "make test-slow  the tests that take a minute or more each"
 	@echo "make test-browser  the demo in Chromium (skipped without one), screenshots in outputs/space"
+	@echo "make fuzz       generated inputs, others each time, for MINUTES=30"
 	@echo "make style      format and fix what ruff can fix"
 	@echo "make quality    check style, lint and the rules of transformers for model files; changes nothing"
 	@echo "make build      wheel and source distribution in dist/"
@@ -43,7 +45,16 @@ test: $(READY)
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(READY)
-	$(BIN)/python -m pytest $(PARALLEL) -m slow
+	HYPOTHESIS_PROFILE=slow $(BIN)/python -m pytest $(PARALLEL) -m "slow or property"
+
+# Ends with the first failure, or with the first round that is over after MINUTES.
+fuzz: $(READY)
+	@end=$$(( $$(date +%s) + 60 * $(MINUTES) )); rounds=0; \
+	while [ $$(date +%s) -lt $$end ]; do \
+		HYPOTHESIS_PROFILE=fuzz $(BIN)/python -m pytest $(PARALLEL) -q -m property || exit 1; \
+		rounds=$$((rounds + 1)); \
+	done; \
+	echo "$$rounds rounds of 2,000 examples of each property: nothing found"
 
 test-browser: $(READY)
 	$(BIN)/python -m pytest -m browser

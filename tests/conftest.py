@@ -3,13 +3,17 @@
 
 import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image
+from property_testing import register_profiles
 
 
 if TYPE_CHECKING:
@@ -30,6 +34,8 @@ ROOT = Path(__file__).resolve().parents[1]
 def pytest_configure(config: pytest.Config) -> None:
     # Reductions are split by thread, so their last bits depend on the count: fix it for every machine.
     torch.set_num_threads(1)
+    register_profiles()
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 @pytest.fixture(autouse=True)
@@ -157,3 +163,36 @@ def repo(api: "HfApi") -> str:
     from hub_server.helpers import REPO
 
     return api.create_repo(REPO).repo_id
+
+
+# Of the file alone: all of the package takes seconds to import.
+HOLD = """
+import runpy, sys
+from pathlib import Path
+lock = runpy.run_path(sys.argv[1])["FolderLock"]
+locks = [lock(Path(folder)) for folder in sys.argv[2:]]
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def hold() -> Iterator[Callable[..., subprocess.Popen]]:
+    """Let another process have folders."""
+    started = []
+
+    def start(*folders: Path) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", HOLD, str(ROOT / "src/efficientsam_hf/files.py"), *map(str, folders)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        assert process.stdout.readline() == "held\n"
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()

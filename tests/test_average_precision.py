@@ -111,7 +111,21 @@ def test_agrees_with_pycocotools_run_by_hand(samples: CocoSamples, tmp_path: Pat
         detection(picture, tuple(int(v) for v in np.array(box) + generator.integers(-6, 7, 4).clip(-4)), float(score))
         for (picture, box), score in zip(OBJECTS * 4, generator.random(12))
     ]
-    truth, results = samples.complete_annotations(), []
+    truth: dict[str, Any] = {
+        "images": [{"id": k, "width": WIDTH, "height": HEIGHT} for k in (1, 2, 3)],
+        "categories": [{"id": 1}],
+        "annotations": [],
+    }
+    for number, (picture, (left, top, right, bottom)) in enumerate(OBJECTS, 1):
+        mask = np.zeros((HEIGHT, WIDTH), bool)
+        mask[top:bottom, left:right] = True
+        truth["annotations"].append(
+            {
+                "id": number, "image_id": picture, "category_id": 1, "segmentation": encode_rle(mask),
+                "area": int(mask.sum()), "bbox": [left, top, right - left, bottom - top], "iscrowd": 0,
+            }
+        )  # fmt: skip
+    results = []
     for entry in found:
         x, y, width, height = entry["bbox"]
         mask = np.zeros((HEIGHT, WIDTH), bool)
@@ -151,8 +165,14 @@ def test_detections_that_cannot_be_used(samples: CocoSamples, tmp_path: Path) ->
         ("{", "not a JSON"),
         ("{}", "must hold a list"),
         ('[{"score": 1}]', "entry 0 lacks image_id"),
-        ('[{"image_id": 1, "category_id": 1, "score": 1, "bbox": [0, 0, 5]}]', "bbox of entry 0 must be"),
-        ('[{"image_id": 1, "category_id": 1, "score": 1, "bbox": [0, 0, 5, Infinity]}]', "bbox of entry 0 must be"),
+        ("[7]", "entry 0 lacks image_id"),
+        ('[{"image_id": 1, "category_id": 1, "score": 1, "bbox": [0, 0, 5]}]', "entry 0: bbox must be"),
+        ('[{"image_id": 1, "category_id": 1, "score": 1, "bbox": [0, 0, 5, Infinity]}]', "entry 0: bbox must be"),
+        ('[{"image_id": [1], "category_id": 1, "score": 1, "bbox": [0, 0, 5, 5]}]', "entry 0: image_id must be"),
+        ('[{"image_id": 1, "category_id": null, "score": 1, "bbox": [0, 0, 5, 5]}]', "entry 0: category_id must be"),
+        ('[{"image_id": 1, "category_id": 1, "score": "1", "bbox": [0, 0, 5, 5]}]', "entry 0: score must be"),
+        ('[{"image_id": 1, "category_id": 1, "score": true, "bbox": [0, 0, 5, 5]}]', "entry 0: score must be"),
+        ('[{"image_id": 1, "category_id": 1, "score": NaN, "bbox": [0, 0, 5, 5]}]', "entry 0: score must be"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=words):
@@ -160,10 +180,10 @@ def test_detections_that_cannot_be_used(samples: CocoSamples, tmp_path: Path) ->
 
 
 def test_categories_beyond_the_limit_are_known(samples: CocoSamples) -> None:
-    content = json.loads(samples.annotations.read_text())
+    content = json.loads(samples.file.path.read_text())
     content["annotations"][-1]["category_id"] = 4  # of picture 2
-    samples.annotations.write_text(json.dumps(content))
-    changed = CocoSamples(samples.annotations, samples.image_folder)
+    samples.file.path.write_text(json.dumps(content))
+    changed = CocoSamples(samples.file.path, samples.image_folder)
     found = [
         detection(*OBJECTS[0], 0.9),
         detection(*OBJECTS[1], 0.8),
@@ -205,24 +225,37 @@ def test_annotations_that_cannot_be_measured(samples: CocoSamples) -> None:
     for limit in (0, -1):
         with pytest.raises(ValueError, match="limit must be at least 1"):
             measure(samples, limit=limit)
-    content = json.loads(samples.annotations.read_text())
+    content = json.loads(samples.file.path.read_text())
     boxes_only = {"image_id": 3, "segmentation": [], "bbox": [1, 1, 5, 5], "area": 25}
 
     def changed(**changes: Any) -> CocoSamples:
-        samples.annotations.write_text(json.dumps(content | changes))
-        return CocoSamples(samples.annotations, samples.image_folder)
+        samples.file.path.write_text(json.dumps(content | changes))
+        return CocoSamples(samples.file.path, samples.image_folder)
 
     assert measure(changed(annotations=[*content["annotations"], boxes_only]))["box_iou"]["AP"] == pytest.approx(1)
     assert measure(changed(categories=[{"id": 7, "name": "only"}]))["box_iou"]["AP"] == pytest.approx(1)
-    with pytest.raises(ValueError, match="annotation 0 has no category_id, and there are 2"):
+    with pytest.raises(ValueError, match="entry 0 of 'annotations' has no category_id, and there are 2"):
         measure(changed(categories=[{"id": 7, "name": "a"}, {"id": 8, "name": "b"}]))
-    small = encode_rle(np.ones((5, 5), bool))
-    with pytest.raises(ValueError, match=r"mask of \(5, 5\) in a picture of \(60, 80\)"):
-        measure(changed(annotations=[{"image_id": 1, "segmentation": small, "area": 25, "bbox": [0, 0, 5, 5]}]))
-    changed()
+    with pytest.raises(ValueError, match=r"category_id 1 is not among those of 'categories': \[7\]"):
+        listed = [{**entry, "category_id": 1} for entry in content["annotations"]]
+        measure(changed(annotations=listed, categories=[{"id": 7, "name": "only"}]))
+
+
+def test_damaged_pictures_count_for_neither_side(samples: CocoSamples, caplog) -> None:
+    content = json.loads(samples.file.path.read_text())
+    content["annotations"][2]["segmentation"]["counts"] = "~~~~"  # of picture 2
+    samples.file.path.write_text(json.dumps(content))
+    changed, skipped = CocoSamples(samples.file.path, samples.image_folder), []
+    result = measure(changed, report=lambda number, reason: skipped.append((number, reason)))
+    assert result == measure(samples, limit=1)
+    assert len(skipped) == 1 and skipped[0][0] == 1 and "picture 2.png, entry 2 of 'annotations'" in skipped[0][1]
     Image.new("RGB", (HEIGHT, WIDTH)).save(samples.image_folder / "1.png")
-    with pytest.raises(ValueError, match="1.png is 60 x 80 pixels, but instances.json says 80 x 60"):
-        measure(changed())
+    (samples.image_folder / "3.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="none of 3 pictures could be used; picture 0: .*1.png is 60 x 80 pixels"):
+        measure(changed)
+    measure(samples, detections=[detection(*OBJECTS[2], 0.5)])
+    warned = [record.getMessage() for record in caplog.records]
+    assert [message.split(": ")[0] for message in warned] == [f"picture {k} could not be used" for k in (0, 2)]
 
 
 def everything(
@@ -270,7 +303,7 @@ def test_recall_counts_the_best_masks_of_a_picture(samples: CocoSamples, monkeyp
     assert numbers["AR1"] == pytest.approx(1 / 3)
     assert numbers["AR10"] == numbers["AR100"] == pytest.approx((1 + share) / 3)
     assert numbers["AR"] == pytest.approx((2 + share) / 3)
-    assert numbers["masks"] == pytest.approx(103 / len(samples.complete_annotations()["images"]))
+    assert numbers["masks"] == pytest.approx(103 / 3)
 
 
 def test_everything_counts_no_categories(samples: CocoSamples, tmp_path: Path, monkeypatch) -> None:

@@ -9,6 +9,7 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
+from property_testing import within_bounds
 
 from efficientsam_hf.data.dataset_samples import DatasetSamples, load_samples, load_stream, read_masks, read_row
 from efficientsam_hf.models.rle_efficientsam import encode_rle
@@ -78,20 +79,36 @@ def test_columns_and_rows_are_checked_first() -> None:
     [
         (3, "expected a label picture"),
         ("missing.png", "a mask picture cannot be read"),
-        (Image.new("RGB", (4, 4)), "one channel"),
-        ([np.zeros((3, 4)), np.zeros((4, 3))], "differ in size"),
+        (Image.new("RGB", (WIDTH, HEIGHT)), "one channel"),
+        ([MASKS[0], np.zeros((4, 3))], r"mask of \(4, 3\) in a picture of \(12, 16\)"),
         ([np.zeros(4)], "two-dimensional"),
-        ([{"size": [2, 2], "counts": [1, 1]}], "add up"),
+        ([MASKS[0].astype(complex)], "two-dimensional numbers, got complex128"),
+        ([[["a"]]], "two-dimensional"),
+        ([{"size": [HEIGHT, WIDTH], "counts": [1, 1]}], "add up"),
+        ([{"size": [60_000, 60_000], "counts": [3_600_000_000]}], r"mask of \(60000, 60000\) in a picture"),
+        ([RLES[0], None], "two-dimensional"),
+        ({"bytes": 7, "path": None}, "an empty picture"),
+        ([{"bytes": None, "path": 7}], "an empty picture"),
     ],
 )
 def test_masks_of_no_known_form(value, words) -> None:
     with pytest.raises(ValueError, match=words):
-        read_masks(value)
+        read_masks(value, (HEIGHT, WIDTH))
+
+
+def test_more_masks_than_memory_is_there_for() -> None:
+    """A grey picture of 16 bits is no label picture; nothing is allocated for the masks it would be."""
+    size = (1500, 1500)
+    grey = Image.fromarray(np.arange(size[0] * size[1], dtype=np.uint32).reshape(size).astype(np.uint16))
+    with within_bounds(memory=2**28), pytest.raises(ValueError, match=r"65535 masks of 1500 x 1500 pixels take"):
+        read_masks(grey, size)
+    with pytest.raises(ValueError, match=r"3000 masks of 1500 x 1500 pixels take"):
+        read_masks([[[0]]] * 3000, size)
 
 
 def test_masks_of_another_size_than_the_picture() -> None:
     masks = [encode_rle(np.ones((3, 3), bool))]
-    with pytest.raises(ValueError, match=r"objects are \(3, 3\), the picture is \(12, 16\)"):
+    with pytest.raises(ValueError, match=r"objects: mask of \(3, 3\) in a picture of \(12, 16\)"):
         DatasetSamples(dataset(masks, RLE_FEATURE), "photo", "objects")[0]
 
 

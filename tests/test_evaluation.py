@@ -88,7 +88,7 @@ def test_the_mask_with_the_highest_score_counts() -> None:
     assert (whole["images"], whole["objects"]) == (2, 3)
     assert whole["box"]["miou"] == pytest.approx(1) and half["box"]["oracle_miou"] == pytest.approx(1)
     assert half["box"]["miou"] == pytest.approx((0.5 + 0.5 + 0.4) / 3)
-    assert set(whole) == {"images", "objects", "seed", "sizes", "box"}
+    assert set(whole) == {"images", "objects", "skipped", "seed", "sizes", "box"} and whole["skipped"] == 0
 
 
 def test_boxes_with_noise_depend_on_seed_and_image_alone() -> None:
@@ -173,7 +173,7 @@ def test_further_clicks_correct_the_last_answer() -> None:
     assert points[1][:2] == [[32, 32], [30, 30]] and labels[1][:2] == [1, 0]  # the corner of what is too much
     assert result["center"]["miou"] == pytest.approx((25 / 50 + 9 / 25) / 2)
     assert result["center:2"]["miou"] == pytest.approx((1 + 5 / 20) / 2)
-    assert set(result) == {"images", "objects", "seed", "sizes", "center", "center:2", "center:3"}
+    assert set(result) == {"images", "objects", "skipped", "seed", "sizes", "center", "center:2", "center:3"}
 
 
 def test_models_without_background_points_get_none() -> None:
@@ -233,6 +233,33 @@ def test_each_image_is_embedded_once_and_prompts_come_in_chunks() -> None:
     assert model.embedded == 1 and model.most_prompts == 3 and model.training
     assert chunked == evaluate(model, PlainProcessor(), many, progress=False)
     assert chunked["box"]["miou"] == pytest.approx(1)
+
+
+class Damaged(list):
+    """Samples of which some cannot be read."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = super().__getitem__(index)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+
+def test_damaged_samples_are_left_out_counted_and_named(caplog) -> None:
+    samples = Damaged([SAMPLES[0], ValueError("torn"), SAMPLES[1], OSError("gone")])
+    options = {"prompts": ["box"], "progress": False}
+    named = []
+    scores = score_objects(
+        BoxFiller((0.1, 0.9, 0.2)), PlainProcessor(), samples, report=lambda *one: named.append(one), **options
+    )
+    assert named == [(1, "torn"), (3, "gone")] and not caplog.records
+    assert scores.images.tolist() == [0, 0, 2] and scores.summary()["skipped"] == 2
+    evaluate(BoxFiller((0.1, 0.9, 0.2)), PlainProcessor(), samples, limit=2, **options)
+    assert [record.getMessage() for record in caplog.records] == ["picture 1 could not be used: torn"]
+    with pytest.raises(ValueError, match="none of 1 pictures could be used; picture 0: torn"):
+        evaluate(BoxFiller((0.1, 0.9, 0.2)), PlainProcessor(), Damaged([ValueError("torn")]), **options)
+    with pytest.raises(KeyError):  # a defect is not damage
+        evaluate(BoxFiller((0.1, 0.9, 0.2)), PlainProcessor(), Damaged([KeyError("image")]), **options)
 
 
 def test_images_without_objects_do_not_count() -> None:

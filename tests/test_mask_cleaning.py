@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from efficientsam_hf import EfficientSamImageProcessor, EfficientSamMaskGenerator, EfficientSamPredictor
-from efficientsam_hf.models.mask_cleaning_efficientsam import MaskCleaning, Parts, clean_logits
+from efficientsam_hf.models.mask_cleaning_efficientsam import MaskCleaning, Parts, clean_logits, clean_masks
 
 
 def draw(*rows: str) -> torch.Tensor:
@@ -181,6 +181,43 @@ def cleaning(processor):
     processor.image_processor.mask_cleaning = {"largest_part": True, "fill_holes": 10.0, "within_box": True}
     yield processor
     processor.image_processor.mask_cleaning = before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"masks": np.zeros((1, 1, 4, 4), bool)}, TypeError, "masks is a ndarray, expected a tensor"),
+        (
+            {"masks": torch.zeros(1, 1, 4, 4)},
+            ValueError,
+            r"masks is a Tensor of shape .* expected \(Q, M, H, W\) bool",
+        ),
+        ({"masks": torch.zeros(1, 4, 4, dtype=torch.bool)}, ValueError, "masks is a Tensor of shape"),
+        ({"clicks": torch.zeros(1, 1, 2)}, ValueError, "clicks is given alone"),
+        ({"labels": torch.zeros(1, 1)}, ValueError, "labels is given alone"),
+        ({"clicks": torch.zeros(1, 1, 3), "labels": torch.zeros(1, 1)}, ValueError, r"clicks has shape \(1, 1, 3\)"),
+        ({"clicks": torch.zeros(1, 1, 2), "labels": torch.zeros(1, 2)}, ValueError, r"labels has shape \(1, 2\)"),
+        (
+            {"clicks": torch.full((1, 1, 2), torch.nan), "labels": torch.ones(1, 1)},
+            ValueError,
+            "clicks of object 0 ho",
+        ),
+        ({"boxes": torch.tensor([[0, 0, 4, torch.inf]])}, ValueError, "boxes of object 0 holds inf"),
+        ({"boxes": [[0, 0, 4, 4]]}, TypeError, "boxes is a list, expected a tensor"),
+    ],
+)
+def test_things_that_cannot_be_cleaned_are_named(arguments, error, words: str) -> None:
+    arguments = {"masks": torch.ones(1, 1, 4, 4, dtype=torch.bool), **arguments}
+    with pytest.raises(error, match=words):
+        clean_masks(arguments.pop("masks"), MaskCleaning(largest_part=True, within_box=True), **arguments)
+
+
+def test_values_under_padding_do_not_matter() -> None:
+    mask = torch.zeros(1, 1, 5, 7, dtype=torch.bool)
+    mask[0, 0, 1, 1:3] = mask[0, 0, 3, 3:6] = True
+    clicks, labels = torch.tensor([[[1.0, 1.0], [torch.nan, torch.inf]]]), torch.tensor([[1, -1]])
+    cleaned = clean_masks(mask, MaskCleaning(largest_part=True), clicks, labels)
+    assert cleaned.sum() == 2 and cleaned[0, 0, 1, 1:3].all()
 
 
 def test_the_predictor_answers_with_whole_masks(model, cleaning, picture) -> None:

@@ -386,7 +386,18 @@ def test_damaged_and_deep_pictures(generator, tmp_path: Path, picture) -> None:
     ("options", "error", "words"),
     [
         ({"points_per_crop": 0}, ValueError, "points_per_crop must be a whole number of at least 1, got 0"),
+        ({"points_per_crop": 10**9}, ValueError, "points_per_crop must be at most 1024, got 1000000000"),
         ({"points_per_batch": 0}, ValueError, "points_per_batch"),
+        ({"points_per_batch": True}, ValueError, "points_per_batch must be a whole number of at least 1, got True"),
+        ({"crops_n_layers": 10**5000}, ValueError, "crops_n_layers .{0,90} cuts each side of an image"),
+        ({"crop_n_points_downscale_factor": 1e308, "crops_n_layers": 2}, ValueError, "crop_n_points_downscale_factor"),
+        ({"mask_threshold": 10**400}, ValueError, "mask_threshold must be a number, got .{0,90}$"),
+        ({"stability_score_offset": 10**400}, ValueError, "stability_score_offset must be at least 0, got .{0,90}$"),
+        ({"fill_holes": 10**400}, ValueError, "fill_holes must be a fraction of at least 0, got .{0,90}$"),
+        ({"max_hole_area": float("nan")}, ValueError, "max_hole_area must be at least 0, got nan"),
+        ({"output_type": ["rle"]}, ValueError, "output_type must be one of bool, rle, coco_rle, got"),
+        ({"sort_by": "x" * 10**6}, ValueError, "sort_by must be one of score, area, got .{0,90}$"),
+        ({"x" * 10**6: 1}, TypeError, "unknown option .{0,90} of mask generation"),
         ({"pred_iou_thresh": 1.5}, ValueError, "pred_iou_thresh must be a number from 0 to 1, got 1.5"),
         ({"stability_score_thresh": -0.1}, ValueError, "stability_score_thresh"),
         ({"crops_nms_thresh": 7}, ValueError, "crops_nms_thresh"),
@@ -462,6 +473,8 @@ def test_the_threshold_within_a_crop(generator, picture) -> None:
 def test_other_models_and_processors(model) -> None:
     with pytest.raises(TypeError, match="for EfficientSAM models, got a Linear"):
         EfficientSamMaskGenerator(torch.nn.Linear(1, 1), EfficientSamImageProcessor(size=64))
+    with pytest.raises(TypeError, match="processor is a NoneType, expected an EfficientSamProcessor"):
+        EfficientSamMaskGenerator(model, None)
     with pytest.raises(ValueError, match="must be square"):
         EfficientSamMaskGenerator(model, EfficientSamImageProcessor(size={"height": 64, "width": 128}))
     with pytest.raises(ValueError, match="do_resize of the image processor must be True"):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pretend_device import pretended_device
 from safetensors.torch import load_file, save_file
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AttentionInterface, AutoBackbone
@@ -23,6 +24,7 @@ from efficientsam_hf import (
     EfficientSamVisionConfig,
     EfficientSamVisionModel,
 )
+from efficientsam_hf.models import modeling_efficientsam
 from efficientsam_hf.models.modeling_efficientsam import fill_boxes, place_pixels
 from efficientsam_hf.models.modeling_efficientsam_vision import sine_cosine_table
 
@@ -290,6 +292,107 @@ def test_malformed_embeddings_are_refused(model, points) -> None:
         model(image_embeddings=torch.zeros(32, 4, 4), **points)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [NAN, INF, -INF, 1e10])
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [("input_points", (1, 2, 1, 0)), ("input_boxes", (0, 1, 3)), ("input_masks", (1, 0, 0, 7, 9))],
+)
+def test_values_that_are_not_finite_are_refused(model, pixel_values, prompts, name, index, value) -> None:
+    prompts[name][index] = value
+    words = f"{name} of image {index[0]}, object {index[1]}.* holds .*, expected finite numbers"
+    embeddings = model.get_image_embeddings(pixel_values)
+    calls = [
+        lambda: model(pixel_values, **prompts),
+        lambda: model(image_embeddings=embeddings, **prompts),
+        lambda: model.decode_prompts(embeddings, **prompts),
+        lambda: model(pixel_values, **{name: prompts[name].double()}),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=words):
+            call()
+
+
+def test_answers_that_overflow_do_not_end_training(pixel_values, prompts) -> None:
+    """They are the next round's masks; in half precision the scaler of the loss leaves such a step out."""
+    model = tiny_model()
+    prompts["input_masks"][0, 1] = INF
+    with pytest.raises(ValueError, match="input_masks of image 0, object 1 holds inf"):
+        model(pixel_values, **prompts)
+    assert not model.train()(pixel_values, **prompts).pred_masks.isfinite().all()
+    prompts["input_points"][0, 1] = INF
+    with pytest.raises(ValueError, match="input_points of image 0, object 1 holds inf"):
+        model(pixel_values, **prompts)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"input_points": torch.ones(2, 3, 2, 2), "input_labels": torch.full((2, 3, 2), -1)},
+        {"input_points": torch.ones(2, 3, 0, 2)},
+        {"input_boxes": torch.full((2, 3, 4), -1.0)},
+        {"input_masks": torch.zeros(2, 3, 1, 16, 16)},
+    ],
+    ids=lambda prompt: next(iter(prompt)),
+)
+def test_padding_alone_is_no_prompt(model, pixel_values, prompts, prompt) -> None:
+    with pytest.raises(ValueError, match="no prompt: expected at least one of input_points, input_boxes and"):
+        model(pixel_values, **prompt)
+    # Batches of training may have no object; and beside other prompts padding says nothing.
+    assert not model.decode_prompts(model.get_image_embeddings(pixel_values), **prompt)[2].any()
+    others = {name: prompts[name] for name in ("input_points", "input_boxes", "input_masks") if name not in prompt}
+    together = model(pixel_values, **prompt, **others)
+    assert together.object_mask.all()
+    assert_same(together.pred_masks, model(pixel_values, **others).pred_masks)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (
+            {"input_points": [[[[1, 2]]]]},
+            TypeError,
+            r"input_points is a list, expected a tensor of shape \(images, obj",
+        ),
+        ({"input_boxes": "box"}, TypeError, "input_boxes is a str, expected a tensor"),
+        ({"input_masks": torch.zeros(2, 3, 1, 16, 16).cfloat()}, ValueError, "input_masks holds torch.complex64"),
+        ({"input_labels": torch.full((2, 3, 2), NAN)}, ValueError, r"input_labels holds \[nan"),
+        ({"input_labels": torch.full((2, 3, 2), 0.5)}, ValueError, r"input_labels holds \[0.5\], expected 1"),
+        ({"pixel_values": [1]}, TypeError, r"pixel_values is a list, expected a tensor of shape \(B, 3, H, W\)"),
+        ({"pixel_values": torch.zeros(2, 3, 64, 64).cfloat()}, ValueError, "pixel_values holds torch.complex64"),
+        (
+            {"pixel_values": None, "image_embeddings": torch.zeros(2, 7, 4, 4)},
+            ValueError,
+            r"image_embeddings has shape \(2, 7, 4, 4\), expected \(images, 32, h, w\)",
+        ),
+    ],
+)
+def test_things_that_are_no_such_tensors_are_named(model, pixel_values, prompts, change, error, message) -> None:
+    with pytest.raises(error, match=message):
+        model(**{"pixel_values": pixel_values, **prompts, **change})
+
+
+@pytest.mark.parametrize(("names", "training", "reads"), [("plm", True, 1), ("pb", False, 1), ("b", True, 0)])
+def test_values_are_read_from_the_device_at_once(prompts, monkeypatch, names: str, training: bool, reads: int) -> None:
+    """Training, whose prompts have labels, waits once for its device; where labels are left out, not at all."""
+    model, waits = tiny_model().train(training), []
+    parts = {"p": "input_points", "l": "input_labels", "b": "input_boxes", "m": "input_masks"}
+    with pretended_device(monkeypatch) as device:
+        model = model.to(device.device)
+        given = {parts[name]: prompts[parts[name]].to(device.device) for name in names}
+        embeddings = torch.randn(2, 32, 4, 4).to(device.device)
+        for _ in range(2):
+            device.waits.clear()
+            model.decode_prompts(embeddings, **given)
+            waits.append(device.waits.total())
+            monkeypatch.setattr(modeling_efficientsam, "_can_be_read", lambda tensor: False)
+    assert waits[0] - waits[1] == reads
+
+
 def test_prompts_are_checked_before_the_image_is_encoded(model, pixel_values, points) -> None:
     calls = []
     handle = model.vision_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
@@ -550,7 +653,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[s
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("name", "decoder"),
-    [("flash_attention_2", "sdpa"), ("flash_attention_3", "sdpa"), ("flex_attention", "itself"), ("mine", "itself")],
+    [("flash_attention_2", "sdpa"), ("flash_attention_3", "sdpa"), ("flex_attention", "sdpa"), ("mine", "itself")],
 )
 def test_attention_is_dispatched_through_transformers(name, decoder, recorded, pixel_values, prompts) -> None:
     expected = tiny_model()(pixel_values, **prompts)
@@ -595,7 +698,7 @@ def test_eager_equals_sdpa(folder, pixel_values, prompts) -> None:
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_gives_what_sdpa_gives(pixel_values, prompts, monkeypatch) -> None:
-    """Through torch's reference implementation; it looks the padding up at (query, key) and does not broadcast."""
+    """Through torch's reference implementation."""
 
     def flex(query, key, value, training=False, **kwargs):
         return flex_attention(query, key, value, **kwargs)
@@ -607,6 +710,20 @@ def test_flex_attention_gives_what_sdpa_gives(pixel_values, prompts, monkeypatch
     for part in (model.config.vision_config, model.config.mask_decoder_config):
         part._attn_implementation = "flex_attention"
     assert_same(model(pixel_values, **prompts).pred_masks, expected.pred_masks)
+
+
+def test_flex_attention_is_for_the_encoder_alone(pixel_values, prompts, monkeypatch) -> None:
+    """On CPUs it corrupts memory where it is given a mask, which the decoder's padding is."""
+    masks = []
+
+    def flex(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flex_attention", flex)
+    model = tiny_model("flex_attention")
+    assert_same(model(pixel_values, **prompts).pred_masks, tiny_model()(pixel_values, **prompts).pred_masks)
+    assert masks == [None, None]
 
 
 # Compilation
@@ -633,6 +750,61 @@ def test_compiles_as_one_graph(backend, dense_boxes, pixel_values, prompts) -> N
         assert_same(masks, expected[0])
         assert_same(iou_scores, expected[1])
         assert torch.equal(object_mask, expected[2])
+
+
+class Decoder(torch.nn.Module):
+    """What is exported of a model, where an image is encoded elsewhere."""
+
+    def __init__(self, **prompt_encoder: Any):
+        super().__init__()
+        self.model = tiny_model(**prompt_encoder)
+
+    def forward(self, embeddings, points, labels, boxes, masks):
+        return self.model(
+            image_embeddings=embeddings,
+            input_points=points,
+            input_labels=labels,
+            input_boxes=boxes,
+            input_masks=masks,
+            return_dict=False,
+        )
+
+
+def example_of_decoder(images: int, objects: int, points: int) -> tuple[torch.Tensor, ...]:
+    return (
+        torch.randn(images, 32, 4, 4),
+        torch.rand(images, objects, points, 2) * 60,
+        torch.ones(images, objects, points, dtype=torch.long),
+        torch.tensor([3.0, 5.0, 30.0, 40.0]).expand(images, objects, 4).contiguous(),
+        torch.randn(images, objects, 1, 16, 16),
+    )
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:While compiling, we found certain side effects")  # of transformers
+@pytest.mark.parametrize(
+    ("dense_boxes", "strict"),
+    [(True, False), *(pytest.param(dense, True, marks=pytest.mark.slow) for dense in (False, True))],
+)
+def test_exports_with_any_number_of_objects_and_points(dense_boxes: bool, strict: bool) -> None:
+    decoder = Decoder(dense_boxes=dense_boxes)
+    images, objects, points = (torch.export.Dim(name) for name in ("images", "objects", "points"))
+    both = {0: images, 1: objects}
+    shapes = ({0: images}, {**both, 2: points}, {**both, 2: points}, both, both)
+    exported = torch.export.export(decoder, example_of_decoder(2, 3, 2), dynamic_shapes=shapes, strict=strict)
+    for numbers in ((2, 3, 2), (3, 5, 4)):
+        inputs = example_of_decoder(*numbers)
+        for result, expected in zip(exported.module()(*inputs), decoder(*inputs), strict=True):
+            torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore")  # of sizes that become constants
+def test_is_traced_without_a_false_error() -> None:
+    decoder, inputs = Decoder(), example_of_decoder(1, 3, 2)
+    traced = torch.jit.trace(decoder, inputs)
+    for result, expected in zip(traced(*inputs), decoder(*inputs), strict=True):
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5)
 
 
 def test_six_token_rule_compiles(pixel_values, points) -> None:
@@ -799,11 +971,66 @@ def test_presets() -> None:
         ),
         ({"mask_decoder_config": {"num_attention_heads": 3}}, "num_attention_heads x attention_downsample_rate"),
         ({"mask_decoder_config": {"iou_head_depth": 1}}, "iou_head_depth is 1"),
+        (
+            {"vision_config": {"image_size": 10**9}},
+            "image_size is 1000000000, expected a whole number from 1 to 8,192",
+        ),
+        ({"vision_config": {"image_size": 0}}, "image_size is 0"),
+        ({"vision_config": {"image_size": "large"}}, "field 'image_size': TypeError: .* expected int, got str"),
+        ({"vision_config": {"image_size": "x" * 10**6}}, "^Validation error for field 'image_size'.{0,300}$"),
+        ({"vision_config": {"hidden_size": -192}}, "hidden_size is -192"),
+        ({"vision_config": {"hidden_size": 3 * 10**7}}, "hidden_size is 30000000"),
+        ({"vision_config": {"num_hidden_layers": 0}}, "num_hidden_layers is 0"),
+        ({"vision_config": {"num_hidden_layers": 10**7}}, "num_hidden_layers is 10000000"),
+        ({"vision_config": {"num_attention_heads": -3}}, "num_attention_heads is -3"),
+        ({"vision_config": {"layer_norm_eps": NAN}}, "layer_norm_eps is nan, expected a number from 0 to 1"),
+        ({"vision_config": {"mlp_ratio": INF}}, "mlp_ratio is inf"),
+        ({"vision_config": {"attention_dropout": 2.0}}, "attention_dropout is 2.0"),
+        ({"vision_config": {"hidden_act": "gelo"}}, "hidden_act is 'gelo', expected one of .*gelu"),
+        ({"vision_config": {"qkv_bias": "no"}}, "'qkv_bias'"),
+        ({"vision_config": "ti"}, "'vision_config'.* 'ti'"),
+        ({"mask_decoder_config": {"num_multimask_outputs": 0}}, "num_multimask_outputs is 0"),
+        ({"mask_decoder_config": {"mlp_dim": 2**40}}, "mlp_dim is 1099511627776"),
+        ({"prompt_encoder_config": {"padded_prompt_tokens": 10**9}}, "padded_prompt_tokens is 1000000000"),
+        ({"prompt_encoder_config": {"layer_norm_eps": -1.0}}, "layer_norm_eps is -1.0"),
     ],
+    ids=range(29),
 )
 def test_impossible_configurations_are_refused(parts: dict[str, dict], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EfficientSamConfig(**parts)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vision_config": {"image_size": 10**9}}, "image_size is 1000000000"),
+        ({"vision_config": {"output_channels": 64}}, "widths must be equal.*64"),
+        ({"mask_decoder_config": {"num_hidden_layers": -1}}, "num_hidden_layers is -1"),
+    ],
+)
+def test_changes_at_load_are_checked_like_the_rest(folder: Path, changes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EfficientSamConfig.from_pretrained(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        EfficientSamModel.from_pretrained(folder, **changes)
+
+
+def test_fewer_layers_at_load(model, folder: Path, tmp_path: Path, pixel_values, complaints) -> None:
+    """A saved configuration does not hold on to the last stage of the layers it was saved with."""
+    fewer = EfficientSamModel.from_pretrained(folder, vision_config={"num_hidden_layers": 1})
+    vision = fewer.config.vision_config
+    assert len(fewer.vision_encoder.layers) == 1 and vision.stage_names == ["stem", "stage1"]
+    assert vision.out_features == ["stage1"] and vision.hidden_size == 32
+    with torch.no_grad():
+        states = model.vision_encoder(pixel_values, output_hidden_states=True).hidden_states
+        (last,) = EfficientSamBackbone.from_pretrained(folder, num_hidden_layers=1)(pixel_values).feature_maps
+    assert torch.equal(last, states[1].transpose(1, 2).unflatten(2, (4, 4)))
+    chosen = EfficientSamVisionConfig(**{**VISION, "out_features": ["stem", "stage2"]})
+    chosen.save_pretrained(tmp_path)
+    assert EfficientSamVisionConfig.from_pretrained(tmp_path).out_features == ["stem", "stage2"]
+    with pytest.raises(ValueError, match="out_features must be a subset of stage_names"):
+        EfficientSamVisionConfig.from_pretrained(tmp_path, num_hidden_layers=1)
 
 
 def test_configuration_round_trip(tmp_path: Path) -> None:

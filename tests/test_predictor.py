@@ -5,8 +5,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_modeling import tiny_model
 
-from efficientsam_hf import EfficientSamModel, EfficientSamPredictor, EfficientSamProcessor, default_checkpoint
+from efficientsam_hf import (
+    EfficientSamImageProcessor,
+    EfficientSamMaskGenerator,
+    EfficientSamModel,
+    EfficientSamPredictor,
+    EfficientSamProcessor,
+    default_checkpoint,
+)
+
+
+NAN, INF = float("nan"), float("inf")
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +133,113 @@ def test_coordinates_of_the_input(predictor) -> None:
 def test_wrong_calls_of_many(predictor, arguments, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         predictor.predict_torch(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("points", "labels"),
+    [
+        (np.zeros((0, 2)), np.zeros(0)),
+        (np.zeros((0, 2)), None),
+        ([], []),
+        ([[5, 5], [9, 9]], [-1, -1]),
+        ([[-1, -1]], [-1]),
+    ],
+)
+def test_clicks_of_which_none_is_left_are_no_prompt(predictor, points, labels) -> None:
+    with pytest.raises(ValueError, match=r"no prompt: expected at least one of point_coords, box and mask_input"):
+        predictor.predict(points, labels)
+    box = [60, 20, 400, 280]
+    for answer, expected in zip(predictor.predict(points, labels, box), predictor.predict(box=box), strict=True):
+        np.testing.assert_array_equal(answer, expected)
+    low = expected[:1]
+    masks = predictor.predict(points, labels, mask_input=low)[0]
+    assert (masks == predictor.predict(mask_input=low)[0]).all()
+    size = predictor.original_size
+    coords = torch.as_tensor(np.array(points), dtype=torch.float32).reshape(1, -1, 2)
+    given = None if labels is None else torch.as_tensor(np.array(labels)).reshape(1, -1)
+    with pytest.raises(ValueError, match="no prompt: expected .*point_coords, boxes and mask_input.* prompt 0 has"):
+        predictor.predict_torch(coords, given)
+    boxes = predictor.transform.apply_boxes_torch(torch.tensor([box]), size)
+    for answer, expected in zip(
+        predictor.predict_torch(coords, given, boxes), predictor.predict_torch(None, None, boxes), strict=True
+    ):
+        torch.testing.assert_close(answer, expected)
+
+
+def test_each_of_many_prompts_must_be_one(predictor) -> None:
+    points, labels = torch.full((3, 2, 2), 9.0), torch.tensor([[1, 0], [1, -1], [-1, -1]])
+    with pytest.raises(ValueError, match="prompt 2 has nothing but padding"):
+        predictor.predict_torch(points, labels)
+    predictor.predict_torch(points[:2], labels[:2])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"point_coords": "here"}, r"^point_coords is 'here', expected \(P, 2\) clicks"),
+        ({"point_coords": [[1, NAN]]}, r"^point_coords: \[1, nan\] is not 2 finite numbers"),
+        ({"point_coords": [[1, 10**400]]}, r"^point_coords: \[1, 1000.{0,90} is not 2 finite numbers"),
+        ({"point_coords": [[1, 2]], "point_labels": [7]}, "^point_labels: 7 is not 1"),
+        ({"point_coords": [[1, 2]], "point_labels": [1, 1]}, "^point_labels must be nested as the points"),
+        ({"point_labels": [1]}, "^point_labels is given without point_coords"),
+        ({"box": [1, 2, 3]}, r"^box: \[1, 2, 3\] is not 4 finite numbers"),
+        ({"box": [1, 2, 3, INF]}, "^box: .*inf.* is not 4 finite numbers"),
+        ({"box": ["x" * 10**6] * 4}, "^box: .{0,120} is not 4 finite numbers"),
+        ({"mask_input": np.full((1, 128, 128), NAN)}, "^mask_input holds values that are not finite"),
+        ({"mask_input": [[1, 2], [3]]}, "^mask_input is .*, expected an array"),
+        ({"mask_input": np.zeros((1, 9, 9))}, r"^mask_input has shape \(9, 9\)"),
+    ],
+    ids=range(12),
+)
+def test_errors_name_the_arguments(predictor, arguments, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        predictor.predict(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        (([[[5, 5]]], None), TypeError, r"point_coords is a list, expected a tensor of shape \(B, P, 2\)"),
+        ((None, None, np.zeros((1, 4))), TypeError, "boxes is a ndarray, expected a tensor"),
+        ((torch.zeros(1, 1, 2).cfloat(), None), ValueError, "point_coords holds torch.complex64"),
+        ((None, None, torch.tensor([[1, 1, 9, INF]])), ValueError, "boxes of prompt 0 holds inf, expected finite"),
+        ((None, None, torch.tensor([[1, 1, 9, 9], [1, NAN, 9, 9]])), ValueError, "boxes of prompt 1 holds nan"),
+        ((None, None, None, torch.full((1, 1, 128, 128), NAN)), ValueError, "mask_input of prompt 0 holds nan"),
+        ((None, None, None, torch.zeros(1, 1, 128, 128)), ValueError, "no prompt"),
+    ],
+)
+def test_errors_of_many_name_the_arguments(predictor, arguments, error, words: str) -> None:
+    with pytest.raises(error, match=words):
+        predictor.predict_torch(*arguments)
+
+
+def test_what_a_predictor_is_made_of(predictor) -> None:
+    with pytest.raises(TypeError, match="model is a Linear, expected an EfficientSamModel"):
+        EfficientSamPredictor(torch.nn.Linear(1, 1), predictor.processor)
+    with pytest.raises(
+        TypeError, match="processor is a EfficientSamImageProcessor, expected an EfficientSamProcessor"
+    ):
+        EfficientSamPredictor(predictor.model, predictor.processor.image_processor)
+
+
+def test_an_encoder_that_is_offloaded(tmp_path) -> None:
+    parts = {"vision_encoder": "disk", "neck": "cpu", "prompt_encoder": "cpu", "mask_decoder": "cpu"}
+    folder = tmp_path / "model"
+    tiny_model().save_pretrained(folder)
+    processor = EfficientSamProcessor(EfficientSamImageProcessor(size=64))
+    whole = EfficientSamModel.from_pretrained(folder)
+    offloaded = EfficientSamModel.from_pretrained(folder, device_map=parts, offload_folder=tmp_path / "offload")
+    assert next(offloaded.parameters()).is_meta
+    picture = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    answers, found = [], []
+    for model in (whole, offloaded):
+        predictor = EfficientSamPredictor(model, processor)
+        predictor.set_image(picture)
+        answers.append(predictor.predict([[28, 24]])[2])
+        generator = EfficientSamMaskGenerator(model, processor, pred_iou_thresh=0, stability_score_thresh=0)
+        found.append(generator(picture, points_per_crop=2)["scores"])
+    np.testing.assert_allclose(*answers, atol=1e-5)
+    torch.testing.assert_close(*found)
 
 
 def test_padding_may_lie_anywhere(predictor) -> None:

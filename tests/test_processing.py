@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The processors: pictures and prompts in, masks out, and what they say about bad input."""
 
+import functools
 import io
+import json
 import struct
 import zlib
 from collections.abc import Callable
@@ -287,6 +289,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 NAN, INF = float("nan"), float("inf")
+DEEP = functools.reduce(lambda inner, _: [inner], range(100_000), 1)
 
 
 @pytest.mark.parametrize(
@@ -312,6 +315,17 @@ NAN, INF = float("nan"), float("inf")
         ({"input_points": [[[[5, 5]]]], "input_labels": [[[-1]]]}, "input_labels of image 0, object 0: -1 is not 1"),
         ({"input_points": [[[[5, 5]]]], "input_labels": [[[NAN]]]}, "input_labels of image 0, object 0: nan is not 1"),
         ({"input_points": [[[5, 5]]], "input_labels": [[[1]]]}, "input_labels"),
+        ({"input_points": [[[[True, 2]]]]}, r"input_points of image 0, object 0: \[True, 2\] is not 2"),
+        ({"input_points": [[[[1j, 2]]]]}, "input_points of image 0, object 0: .* is not 2 finite numbers"),
+        ({"input_points": [[[[10**5000, 2]]]]}, "input_points of image 0, object 0: .{0,90} is not 2 finite numbers"),
+        ({"input_points": [[[[1, 2]] * 10**5 + [[1]]]]}, r"input_points of image 0, object 0: \[1\] is not 2"),
+        ({"input_points": [[["x" * 10**6]]]}, "input_points of image 0, object 0: .{0,90} is not 2 finite numbers"),
+        ({"input_points": DEEP}, "input_points is nested more than 8 deep"),
+        ({"input_points": [[[[5, 5]]]], "input_labels": DEEP}, "input_labels is nested more than 8 deep"),
+        ({"input_points": [[[[5, 5]]]], "input_labels": [[["1"]]]}, "input_labels of image 0, object 0: '1' is not 1"),
+        ({"input_points": [[[[5, 5]]]], "input_labels": [[[1 + 0j]]]}, "input_labels of image 0, object 0"),
+        ({"input_boxes": DEEP}, "input_boxes is nested more than 8 deep"),
+        ({"input_boxes": [[[1, 2, 3, 10**400]]]}, "input_boxes of image 0, object 0: .{0,90} is not 4 finite numbers"),
         (
             {"input_boxes": [[[20, 5, 20, 15]]]},
             r"input_boxes of image 0, object 0: \[20.0, 5.0, 20.0, 15.0\] is empty",
@@ -332,6 +346,11 @@ NAN, INF = float("nan"), float("inf")
             r"input_masks of image 0, object 0 has shape \(8, 8\), expected .*16",
         ),
         ({"input_masks": [[torch.full((16, 16), NAN)]]}, "input_masks of image 0, object 0 holds values that are not"),
+        ({"input_masks": [[np.full((16, 16), 1e300)]]}, "input_masks of image 0, object 0 holds values that are not"),
+        ({"input_masks": [[[[1, 2], [3]]]]}, "input_masks of image 0, object 0 is .*, expected an array"),
+        ({"input_masks": [["mask"]]}, "input_masks of image 0, object 0 is 'mask', expected an array"),
+        ({"input_masks": torch.zeros(1, 1, 1, 16, 16).cfloat()}, "input_masks of image 0, object 0 holds torch.comp"),
+        ({"input_masks": np.float32(3)}, "input_masks must be nested"),
     ],
 )
 def test_bad_prompts(prompts: dict[str, Any], message: str, processor, pixels) -> None:
@@ -367,6 +386,82 @@ def test_unknown_keyword(processor, pixels) -> None:
         processor(images=pixels, input_point=[[[1, 1]]])
     with pytest.raises(TypeError, match="input_point"):
         processor(original_sizes=[(30, 40)], input_point=[[[1, 1]]])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [],
+        3,
+        "sizes",
+        [(30, 40, 3)],
+        [(30.5, 40)],
+        [(0, 40)],
+        [(-1, 40)],
+        [(NAN, 40)],
+        [(10**6, 10**6)],
+        [(10**400, 1)],
+        [None],
+    ],
+)
+def test_sizes_of_pictures_that_cannot_be(sizes, processor) -> None:
+    with pytest.raises(ValueError, match="original_sizes.*expected .*height, width"):
+        processor(original_sizes=sizes, input_points=[[[1, 1]]])
+    with pytest.raises(ValueError, match="original_sizes.*expected .*height, width"):
+        processor.post_process_masks(torch.zeros(1, 1, 1, 16, 16), sizes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_std": [0, 0, 0]}, r"image_std is \[0, 0, 0\], expected three numbers from 1e-06 to"),
+        ({"image_std": [1, -1, 1]}, "image_std is"),
+        ({"image_std": 0.5}, "image_std is 0.5, expected three"),
+        ({"image_mean": [NAN, 0, 0]}, r"image_mean is \[nan, 0, 0\], expected three numbers from -1e\+06"),
+        ({"image_mean": [0.5, 0.5]}, "image_mean is"),
+        ({"image_mean": ["a", "b", "c"]}, "image_mean is"),
+        ({"do_resize": "no"}, "do_resize is 'no', expected True or False"),
+        ({"do_normalize": 1}, "do_normalize is 1, expected True or False"),
+        ({"antialias": None}, "antialias is None"),
+        ({"resample": 99}, "resample is 99, expected 2"),
+        ({"rescale_factor": 0.0}, "rescale_factor is 0.0"),
+        ({"size": {}}, "size is {}, expected a whole number from 1 to 8192"),
+        ({"size": 10**9}, "size is 1000000000"),
+        ({"size": "64"}, "size is '64'"),
+        ({"size": True}, "size is True"),
+        ({"mask_generation": "all"}, "mask_generation is 'all', expected a dict of options"),
+        ({"mask_generation": {"points_per_crop": 10**9}}, "points_per_crop must be at most 1024, got 1000000000"),
+        ({"mask_cleaning": {"fill_holes": 10**400}}, "fill_holes must be a fraction of at least 0"),
+    ],
+)
+def test_image_processors_that_make_no_picture(options, message: str, tmp_path) -> None:
+    with pytest.raises(ValueError, match=message):
+        EfficientSamImageProcessor(**options)
+    fields = {**EfficientSamImageProcessor().to_dict(), **options}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        EfficientSamImageProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"do_resize": "no"}, "do_resize is 'no'"),
+        ({"size": 10**9}, "size is 1000000000"),
+        ({"size": []}, r"size is \[\]"),
+        ({"return_tensors": "tf"}, "return_tensors is 'tf', expected one of pt, np, None"),
+        ({"return_tensors": []}, r"return_tensors is \[\]"),
+    ],
+)
+def test_options_of_a_call(options, message: str, processor, pixels) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor(images=pixels, **options)
+
+
+def test_what_a_processor_is_told_about_its_checkpoint() -> None:
+    for option, value in (("background_points", "no"), ("mask_prompts", 1), ("max_prompt_tokens", 0)):
+        with pytest.raises(ValueError, match=f"{option} is {value!r}, expected"):
+            EfficientSamProcessor(EfficientSamImageProcessor(size=64), **{option: value})
 
 
 def test_exactly_one_of_images_and_sizes(processor, pixels) -> None:
@@ -481,6 +576,34 @@ def test_only_real_objects_come_back(processor, logits) -> None:
     everything = processor.post_process_masks(logits, [(30, 40), (50, 20)])
     assert torch.equal(results[0], everything[0][:3])
     assert results[1].shape == (0, 3, 50, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"masks": torch.zeros(1, 1, 16, 16)}, r"masks of image 0 has shape \(1, 16, 16\), expected \(objects, masks"),
+        ({"masks": torch.zeros(1, 1, 1, 0, 16)}, "masks of image 0 has shape"),
+        ({"masks": torch.zeros(1, 1, 1, 4, 4).cfloat()}, "masks of image 0 holds torch.complex64"),
+        ({"masks": "masks"}, "masks is 'masks'"),
+        ({"masks": [None]}, "masks of image 0 is None"),
+        ({"mask_threshold": NAN}, "mask_threshold is nan"),
+        ({"mask_threshold": "0"}, "mask_threshold is '0'"),
+        ({"object_mask": [[True, False]]}, r"object_mask has shapes \[\(2,\)\], expected those of masks, \[\(1,\)\]"),
+        ({"object_mask": True}, "object_mask is True"),
+        ({"prompts": []}, r"prompts is \[\], expected what the processor returned"),
+        (
+            {"prompts": {"input_points": [[[1, 2]]]}},
+            r"input_points of image 0 has shape \(1, 2\), expected \(Q, P, 2\)",
+        ),
+        ({"prompts": {"input_boxes": "box"}}, "input_boxes is 'box'"),
+        ({"prompts": {"input_labels": [[[1]]]}}, "input_labels of image 0 is not one for each of input_points"),
+        ({"prompts": {"input_points": [[[[NAN, 2]]]]}, "largest_part": True}, "clicks of object 0 holds nan"),
+    ],
+    ids=range(14),
+)
+def test_malformed_masks_are_named(processor, arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        processor.post_process_masks(**{"masks": torch.zeros(1, 1, 1, 4, 4), "original_sizes": [(9, 9)], **arguments})
 
 
 def test_masks_and_sizes_must_agree(processor, logits) -> None:

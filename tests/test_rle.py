@@ -103,6 +103,11 @@ GOOD = {"size": [2, 3], "counts": [1, 3, 2]}
         ({**GOOD, "counts": "1é"}, "ASCII"),
         ({**GOOD, "counts": "Q" * 9 + "1"}, "40 bits"),
         ({**GOOD, "counts": "1"}, "add up to 2 x 3 = 6"),
+        ({**GOOD, "size": [True, 6]}, "two positive whole numbers"),
+        ({"size": [2**20, 2**20], "counts": [2**40]}, r"of less than 2\*\*40 pixels"),
+        ({"size": [10**5000, 1], "counts": [1]}, r"of less than 2\*\*40 pixels, got .{0,90}$"),
+        ({"size": [2**17, 2**17], "counts": [2**34]}, "more than 4,294,967,296 pixels, too many to expand"),
+        ({**GOOD, "counts": [1] * 10**6}, "add up to 2 x 3 = 6 pixels, got .{0,90}$"),
     ],
 )
 def test_malformed_is_refused(rle: Any, message: str) -> None:
@@ -110,7 +115,18 @@ def test_malformed_is_refused(rle: Any, message: str) -> None:
         decode_rle(rle)
 
 
-@pytest.mark.parametrize("mask", [np.zeros((2, 3, 4), bool), np.zeros((0, 3), bool), np.full((2, 2), 255, np.uint8)])
+@pytest.mark.parametrize(
+    "mask",
+    [
+        np.zeros((2, 3, 4), bool),
+        np.zeros((0, 3), bool),
+        np.full((2, 2), 255, np.uint8),
+        np.full((2, 2), np.nan),
+        np.full((2, 2), "1"),
+        np.full((2, 2), None),
+        [[1, 0], [1]],
+    ],
+)
 def test_only_masks_are_encoded(mask: np.ndarray) -> None:
     with pytest.raises(ValueError, match="mask must"):
         encode_rle(mask)

@@ -346,6 +346,10 @@ def test_hidden_states_of_the_encoder() -> None:
         ({"loss_tokens": "visible"}, "loss_tokens is 'visible'"),
         ({"decoder_width": 25}, "decoder_width is 25, expected a multiple of decoder_heads"),
         ({"decoder_depth": 0}, "decoder_depth is 0"),
+        ({"decoder_width": 2**40}, "decoder_width is 1099511627776"),
+        ({"mask_ratio": float("nan")}, "mask_ratio is nan, expected a number from 0 to 1"),
+        ({"decoder_mlp_ratio": float("inf")}, "decoder_mlp_ratio is inf"),
+        ({"loss": 3}, "'loss'"),
     ],
 )
 def test_bad_configs_are_named(changes, words) -> None:

@@ -312,6 +312,33 @@ def test_wrong_arguments(shape, tile: int, overlap: int, words: str) -> None:
         segment_tiles(flat_regions, np.zeros(shape, np.uint8), tile, overlap)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ({"generator": None}, TypeError, "generator is None, expected an EfficientSamMaskGenerator"),
+        ({"tile": True}, TypeError, "tile and its overlap must be whole numbers, got True"),
+        ({"tile": "64"}, TypeError, "tile and its overlap must be whole numbers, got '64'"),
+        ({"tile": 10**5000, "overlap": 10**5000}, ValueError, "tile must be at least 64 pixels.{0,300}$"),
+        ({"image": np.zeros((70, 90, 3), np.int16)}, ValueError, "image has dtype int16, expected uint8, or floats"),
+        ({"image": np.full((70, 90, 3), "a")}, ValueError, "image has dtype <U1"),
+        ({"sort_by": ["score"]}, ValueError, "sort_by must be one of score, area"),
+    ],
+)
+def test_what_cannot_be_tiled_is_named(arguments, error, words: str) -> None:
+    given = {"generator": flat_regions, "image": np.zeros((70, 90, 3), np.uint8), "tile": 64, **arguments}
+    with pytest.raises(error, match=words):
+        segment_tiles(**given)
+
+
+def test_label_images_are_of_masks_of_one_size() -> None:
+    mask = encode_rle(np.ones((4, 5), bool))
+    for size, words in (((4, 6), r"size is \(4, 6\), but a mask has \(4, 5\)"), ("45", "size is '45'")):
+        with pytest.raises(ValueError, match=words):
+            label_image([mask], size)
+    with pytest.raises(ValueError, match="an RLE mask must be a dict"):
+        label_image([np.ones((4, 5), bool)], (4, 5))
+
+
 def test_label_image_puts_small_on_large() -> None:
     large, small = np.zeros((9, 12), bool), np.zeros((9, 12), bool)
     large[1:8, 1:10], small[3:5, 3:6] = True, True

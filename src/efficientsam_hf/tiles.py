@@ -12,7 +12,6 @@ grows with the area of a row of tiles.
 """
 
 import math
-import numbers
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,9 +21,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .models.checks_efficientsam import image_size, is_whole, short
 from .models.image_processing_efficientsam import check_picture
 from .models.mask_generation_options_efficientsam import SORTS
-from .models.rle_efficientsam import compress_counts, rle_counts, runs_to_counts, window_to_runs
+from .models.rle_efficientsam import compress_counts, rle_counts, rle_size, runs_to_counts, window_to_runs
 
 
 SMALLEST_TILE = 64
@@ -68,7 +68,9 @@ def segment_tiles(
             other, or sort_by is something else.
         TypeError: if the image is something else, or options choose another form of output.
     """
-    overlap = tile // 8 if overlap is None else overlap
+    if not callable(generator):
+        raise TypeError(f"generator is {short(generator)}, expected an EfficientSamMaskGenerator")
+    overlap = tile // 8 if overlap is None and is_whole(tile) else overlap
     check_tiles(tile, overlap)
     _check_options(sort_by, options)
     size = _image_size(image)
@@ -92,11 +94,12 @@ def segment_tiles(
 
 def check_tiles(tile: int, overlap: int) -> None:
     """ValueError if tiles are too small or do not leave each other enough room, TypeError for no whole numbers."""
-    if not isinstance(tile, numbers.Integral) or not isinstance(overlap, numbers.Integral):
-        raise TypeError(f"tile and its overlap must be whole numbers, got {tile!r} and {overlap!r}")
+    if not is_whole(tile) or not is_whole(overlap):
+        raise TypeError(f"tile and its overlap must be whole numbers, got {short(tile)} and {short(overlap)}")
     if tile < SMALLEST_TILE or not 0 < overlap <= tile // 2:
         raise ValueError(
-            f"tile must be at least {SMALLEST_TILE} pixels and its overlap from 1 to half of it, got {tile}, {overlap}"
+            f"tile must be at least {SMALLEST_TILE} pixels and its overlap from 1 to half of it, "
+            f"got {short(tile)}, {short(overlap)}"
         )
 
 
@@ -111,11 +114,12 @@ def tile_starts(length: int, tile: int, overlap: int) -> list[int]:
 def label_image(masks: list[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
     """One number for each pixel: (H, W) int32, 0 for none, i + 1 for mask i; smaller masks lie on larger ones.
 
-    `size` is (height, width) of the image; ValueError if a mask has another.
+    `size` is (height, width) of the image; ValueError if a mask has another, or is none.
     """
-    other = next((mask["size"] for mask in masks if tuple(mask["size"]) != tuple(size)), None)
+    size = image_size(size, "size")
+    other = next((found for found in map(rle_size, masks) if found != size), None)
     if other is not None:
-        raise ValueError(f"size is {tuple(size)}, but a mask has {tuple(other)}")
+        raise ValueError(f"size is {size}, but a mask has {other}")
     labels = np.zeros((size[1], size[0]), np.int32)  # run lengths go down the columns
     flat = labels.reshape(-1)
     runs = [_runs(mask) for mask in masks]
@@ -126,12 +130,12 @@ def label_image(masks: list[dict[str, Any]], size: tuple[int, int]) -> np.ndarra
 
 
 def _check_options(sort_by: str, options: dict[str, Any]) -> None:
-    if sort_by not in SORTS:
-        raise ValueError(f"sort_by must be one of {', '.join(SORTS)}, got {sort_by!r}")
+    if not isinstance(sort_by, str) or sort_by not in SORTS:
+        raise ValueError(f"sort_by must be one of {', '.join(SORTS)}, got {short(sort_by)}")
     for name in OWN_OPTIONS:
         if name in options:
             raise TypeError(
-                f"{name} ({options[name]!r}) is no option of tiles: their masks are always compressed COCO run "
+                f"{name} ({short(options[name])}) is no option of tiles: their masks are always compressed COCO run "
                 "lengths, of which label_image makes a label image"
             )
 
@@ -145,6 +149,9 @@ def _image_size(image: Any) -> tuple[int, int]:
         raise TypeError(f"image is a {type(image).__name__}, expected a PIL image or an array (H, W, 3)")
     if len(image.shape) != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"image has shape {tuple(image.shape)}, expected (H, W, 3)")
+    dtype = str(getattr(image, "dtype", "uint8")).removeprefix("torch.")
+    if not dtype.startswith(("uint8", "float", "bfloat")):
+        raise ValueError(f"image has dtype {dtype}, expected uint8, or floats in 0..1")
     return int(image.shape[0]), int(image.shape[1])
 
 
@@ -383,13 +390,13 @@ class _Parts:
                     self._join(one, other, pieces=True)
         objects = [self._object(members) for members in self._objects() if not all(map(self._is_fragment, members))]
         objects.sort(key=lambda item: -item[sort_by])
-        pixels = self.size[0] * self.size[1]
+        pixels, whole = self.size[0] * self.size[1], {"dtype": torch.long, "device": "cpu"}
         return {
             "masks": [compress_counts(runs_to_counts(item["runs"], pixels), self.size) for item in objects],
-            "scores": torch.tensor([item["score"] for item in objects], dtype=torch.float32),
-            "boxes": torch.tensor([item["box"] for item in objects]).long().reshape(-1, 4),
-            "areas": torch.tensor([item["area"] for item in objects]).long(),
-            "tiles": torch.tensor([item["tiles"] for item in objects]).long(),
+            "scores": torch.tensor([item["score"] for item in objects], dtype=torch.float32, device="cpu"),
+            "boxes": torch.tensor([item["box"] for item in objects], **whole).reshape(-1, 4),
+            "areas": torch.tensor([item["area"] for item in objects], **whole),
+            "tiles": torch.tensor([item["tiles"] for item in objects], **whole),
         }
 
     def _objects(self) -> list[list[int]]:

@@ -30,6 +30,7 @@ BACKGROUND: Color = (213, 60, 40)
 WHITE: Color = (255, 255, 255)
 DARK: Color = (24, 24, 28)
 SUPERSAMPLING = 4
+FARTHEST = 2**30  # pixels from the picture's corner, which pillow can count
 
 
 def object_color(index: int) -> Color:
@@ -72,7 +73,7 @@ def draw_points(image: Image.Image, points: Any, labels: Any = None) -> Image.Im
 
     Labels left out mean 1; label -1 is padding and not drawn. Raises `ValueError` if the shapes do not match.
     """
-    points = np.asarray(points, dtype=float).reshape(-1, 2)
+    points = _rows("points", points, 2)
     labels = np.ones(len(points), int) if labels is None else np.asarray(labels).reshape(-1)
     if len(labels) != len(points):
         raise ValueError(f"labels must be one per point, got {len(labels)} for {len(points)} points")
@@ -86,7 +87,7 @@ def draw_points(image: Image.Image, points: Any, labels: Any = None) -> Image.Im
 
 def draw_boxes(image: Image.Image, boxes: Any, colors: Sequence[Color] | None = None) -> Image.Image:
     """Draw boxes (N, 4) xyxy as coloured frames between thin white ones; colours as in `draw_masks`."""
-    boxes = np.asarray(boxes, dtype=float).reshape(-1, 4)
+    boxes = _rows("boxes", boxes, 4)
     if colors is not None and len(colors) != len(boxes):
         raise ValueError(f"colors must be one per box, got {len(colors)} for {len(boxes)} boxes")
     canvas = image.convert("RGB")
@@ -119,7 +120,7 @@ def draw_labels(
     image: Image.Image, texts: Sequence[str], anchors: Any, colors: Sequence[Color] | None = None
 ) -> Image.Image:
     """Write a text on a coloured tag above each anchor (N, 2) xy, kept inside the picture and off each other."""
-    anchors = np.asarray(anchors, dtype=float).reshape(-1, 2)
+    anchors = _rows("anchors", anchors, 2)
     if len(anchors) != len(texts):
         raise ValueError(f"anchors must be one per text, got {len(anchors)} for {len(texts)} texts")
     canvas = image.convert("RGB")
@@ -168,6 +169,17 @@ def contact_sheet(
         corner = (gap + column * step + (cell - size[0]) // 2, gap + row * step + (cell - size[1]) // 2)
         sheet.paste(tile, corner)
     return sheet
+
+
+def _rows(name: str, values: Any, columns: int) -> np.ndarray:
+    """Places in a picture as (N, columns) float; `ValueError` for what is none, or far from every picture."""
+    try:
+        rows = np.asarray(values, dtype=float).reshape(-1, columns)
+    except (TypeError, ValueError, OverflowError):
+        rows = np.full((1, columns), np.nan)
+    if not (np.abs(rows) < FARTHEST).all():
+        raise ValueError(f"{name} must be (N, {columns}) finite numbers in pixels of the picture")
+    return rows
 
 
 def _mask_stack(masks: Any, image: Image.Image) -> np.ndarray:

@@ -8,7 +8,7 @@ import shlex
 import shutil
 import time
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ accelerate launch -m efficientsam_hf.cli evaluate ... shares the pictures among 
 DEFAULT_PROTOCOLS = ("center", "uniform", "box")
 PROTOCOLS = (*DEFAULT_PROTOCOLS, "noisy_box")
 CLICKS = [1, 3, 5]
+MOST_NAMED = 10  # pictures that could not be used
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -106,11 +107,12 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 @dataclass
 class Result:
-    """What came out for one model."""
+    """What came out for one model; `skipped` are (number of a picture that could not be used, why)."""
 
     record: dict[str, Any]
     table: str
     scores: Any = None  # ObjectScores
+    skipped: list[tuple[int, str]] = field(default_factory=list)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,8 +138,11 @@ def _evaluate(args: argparse.Namespace, write: bool) -> int:
         start = time.perf_counter()
         result = measure(args, model, processor, samples)
         result.record |= {"seconds": round(time.perf_counter() - start, 1), **_describe_run(args, name, model)}
+        result.record |= {"skipped": [reason for _, reason in result.skipped]} if result.skipped else {}
         results.append(result)
         print(f"{name}\n{result.table}" if len(args.models) > 1 else result.table)
+        if result.skipped:
+            print(format_skipped(result.skipped))
         if args.output and write and len(args.models) > 1:  # what is measured is not lost if a later one fails
             write_json(Path(args.output), {"models": [result.record for result in results]})
         if args.save_worst and write:
@@ -211,18 +216,29 @@ def _detections(args: argparse.Namespace) -> list[dict[str, Any]] | None:
 def _average_precision(args: argparse.Namespace, model: Any, processor: Any, samples: Any, detections: Any) -> Result:
     from ..evaluation import average_precision
 
+    skipped: list[tuple[int, str]] = []
     numbers = average_precision(
-        model, processor, samples, detections, limit=args.limit, prompt_chunk=args.prompt_chunk
+        model,
+        processor,
+        samples,
+        detections,
+        limit=args.limit,
+        prompt_chunk=args.prompt_chunk,
+        report=lambda *picture: skipped.append(picture),
     )
-    return Result({"average_precision": numbers}, format_average_precision(numbers))
+    return Result({"average_precision": numbers}, format_average_precision(numbers), skipped=skipped)
 
 
 def _everything(args: argparse.Namespace, model: Any, processor: Any, samples: Any) -> Result:
     from ..evaluation import everything_average_precision
 
     options = generator_options(args)
-    numbers = everything_average_precision(model, processor, samples, limit=args.limit, **options)
-    return Result({"average_precision": numbers, "options": options}, format_average_precision(numbers))
+    skipped: list[tuple[int, str]] = []
+    numbers = everything_average_precision(
+        model, processor, samples, limit=args.limit, report=lambda *picture: skipped.append(picture), **options
+    )
+    record = {"average_precision": numbers, "options": options}
+    return Result(record, format_average_precision(numbers), skipped=skipped)
 
 
 def format_average_precision(numbers: dict[str, dict[str, float]]) -> str:
@@ -237,6 +253,7 @@ def format_average_precision(numbers: dict[str, dict[str, float]]) -> str:
 def _miou(args: argparse.Namespace, model: Any, processor: Any, samples: Any) -> Result:
     from ..evaluation import score_objects
 
+    skipped: list[tuple[int, str]] = []
     scores = score_objects(
         model,
         processor,
@@ -246,9 +263,10 @@ def _miou(args: argparse.Namespace, model: Any, processor: Any, samples: Any) ->
         seed=args.seed,
         limit=args.limit,
         prompt_chunk=args.prompt_chunk,
+        report=lambda *picture: skipped.append(picture),
     )
     metrics = scores.summary()
-    return Result({"metrics": metrics}, format_table(metrics), scores)
+    return Result({"metrics": metrics}, format_table(metrics), scores, skipped)
 
 
 def _coco_samples(args: argparse.Namespace) -> Any:
@@ -285,6 +303,15 @@ def format_table(metrics: dict[str, Any]) -> str:
     ]
     limits = ", ".join(f"{size} up to {100 * share:.1f} %" for size, share in metrics["sizes"].items())
     lines.append(f"{metrics['objects']} objects in {metrics['images']} images; share of the picture: {limits}")
+    return "\n".join(lines)
+
+
+def format_skipped(skipped: list[tuple[int, str]]) -> str:
+    """How many pictures could not be used, and the first of them."""
+    lines = [f"{len(skipped)} pictures could not be used and count for nothing:"]
+    lines += [f"  {reason}" for _, reason in skipped[:MOST_NAMED]]
+    if len(skipped) > MOST_NAMED:
+        lines.append(f"  ... and {len(skipped) - MOST_NAMED} more")
     return "\n".join(lines)
 
 

@@ -8,12 +8,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from ..models.checks_efficientsam import short
 from ..models.image_processing_efficientsam import open_image
-from ..models.rle_efficientsam import decode_rle
+from ..models.mask_generation_efficientsam import DOWNLOAD_BYTES, download
+from .rle_masks import RleMasks
+
+
+LARGEST_MASKS = 2**32  # bytes of the masks of one picture as arrays
 
 
 class DatasetSamples:
-    """Rows of a `datasets.Dataset` as {"image": RGB PIL image, "masks": (N, H, W) bool array, "image_id": row number}.
+    """Rows of a `datasets.Dataset` as {"image": RGB PIL image, "masks": (N, H, W) bool, "image_id": row number}.
 
     A row's masks are one of: a label picture (each value above 0 is an object); a list of mask pictures (every pixel
     above 0 belongs to the object); a list of COCO RLE dictionaries; nested lists of numbers (N, H, W). With
@@ -60,13 +65,10 @@ def read_row(row: dict[str, Any], image_column: str = "image", masks_column: str
     if masks_column is None:
         return {"image": image}
     try:
-        masks = read_masks(row[masks_column])
+        masks = read_masks(row[masks_column], (image.height, image.width))
     except (ValueError, OSError) as error:
         raise ValueError(f"{masks_column}: {error}") from error
-    size = (image.height, image.width)
-    if len(masks) and masks.shape[1:] != size:
-        raise ValueError(f"{masks_column} are {masks.shape[1:]}, the picture is {size}")
-    return {"image": image, "masks": masks if len(masks) else np.zeros((0, *size), bool)}
+    return {"image": image, "masks": masks}
 
 
 def _picture(value: Any) -> Any:
@@ -75,8 +77,9 @@ def _picture(value: Any) -> Any:
     In a stream the path may be one of fsspec, such as hf://datasets/... .
     """
     if isinstance(value, dict) and set(value) == {"bytes", "path"}:
-        if value["bytes"] is None and value["path"] is None:
-            raise ValueError("an empty picture: neither bytes nor a path")
+        content, path = value["bytes"], value["path"]
+        if (content is None and not isinstance(path, str)) or not isinstance(content, (bytes, type(None))):
+            raise ValueError(f"an empty picture: neither bytes nor a path, got {short(value)}")
         if value["bytes"] is None and "://" in value["path"]:
             return io.BytesIO(_read_url(value["path"]))
         return io.BytesIO(value["bytes"]) if value["bytes"] is not None else value["path"]
@@ -84,49 +87,88 @@ def _picture(value: Any) -> Any:
 
 
 def _read_url(url: str) -> bytes:
+    """Content of a picture's address; OSError that names it if it cannot be read or is too large for one."""
+    if url.startswith(("http://", "https://")):
+        return download(url)
     import fsspec  # datasets brings it
 
     with fsspec.open(url, "rb") as file:
-        return file.read()
+        content = file.read(DOWNLOAD_BYTES + 1)
+    if len(content) > DOWNLOAD_BYTES:
+        raise OSError(f"cannot download {url}: it has more than {DOWNLOAD_BYTES:,} bytes")
+    return content
 
 
-def _labels(value: Any) -> Any:
-    """Values of a picture's pixels as they are stored, decoded or not, (H, W) or (H, W, C)."""
+def read_masks(value: Any, size: tuple[int, int]) -> np.ndarray | RleMasks:
+    """Masks of one row in any of the forms `DatasetSamples` knows, -> (N, H, W) bool, or `RleMasks` of RLE.
+
+    Raises `ValueError` for others, for masks of another size than the picture's (height, width), and for more or
+    larger ones than memory is there for, before it is taken.
+    """
+    value = _pixels(value, size)
+    if isinstance(value, Image.Image):
+        return _label_masks(value)
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        raise ValueError(f"expected a label picture, or a list of pictures, RLE masks or arrays, got {type(value)}")
+    if len(value) and all(isinstance(entry, dict) and set(entry) != {"bytes", "path"} for entry in value):
+        return RleMasks(value, size)
+    _check_room(len(value), size)
+    masks = np.zeros((len(value), *size), bool)
+    for mask, entry in zip(masks, value):
+        mask[:] = _read_mask(entry, size)
+    return masks
+
+
+def _pixels(value: Any, size: tuple[int, int]) -> Any:
+    """A mask picture as it is stored, decoded or not; anything else as it is."""
     value = _picture(value)
     if isinstance(value, (io.BytesIO, str)):
         try:
             value = Image.open(value)
+            _check_size((value.height, value.width), size)
             value.load()
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"a mask picture cannot be read: {error}") from error
+    if isinstance(value, Image.Image):
+        _check_size((value.height, value.width), size)
     return value
 
 
-def read_masks(value: Any) -> np.ndarray:
-    """Masks of one row in any of the forms `DatasetSamples` knows, -> (N, H, W) bool; `ValueError` for others."""
-    value = _labels(value)
-    if isinstance(value, Image.Image):
-        labels = np.asarray(value)
-        if labels.ndim != 2:
-            raise ValueError(f"a label picture has one channel, this one has mode {value.mode}")
-        return labels == np.unique(labels[labels > 0])[:, None, None]
-    if not isinstance(value, (list, tuple, np.ndarray)):
-        raise ValueError(f"expected a label picture, or a list of pictures, RLE masks or arrays, got {type(value)}")
-    masks = [_read_mask(entry) for entry in value]
-    if len({mask.shape for mask in masks}) > 1:
-        raise ValueError(f"masks of one picture differ in size: {sorted({mask.shape for mask in masks})}")
-    return np.stack(masks) if masks else np.zeros((0, 0, 0), bool)
+def _label_masks(picture: Image.Image) -> np.ndarray:
+    """A mask for each value above 0."""
+    labels = np.asarray(picture)
+    if labels.ndim != 2:
+        raise ValueError(f"a label picture has one channel, this one has mode {picture.mode}")
+    values = np.unique(labels[labels > 0])
+    _check_room(len(values), labels.shape)
+    return labels == values[:, None, None]
 
 
-def _read_mask(entry: Any) -> np.ndarray:
+def _read_mask(entry: Any, size: tuple[int, int]) -> np.ndarray:
     """One mask, -> (H, W) bool."""
-    entry = _labels(entry)
+    entry = _pixels(entry, size)
     if isinstance(entry, dict):
-        return decode_rle(entry)
+        return RleMasks([entry], size)[0]
     mask = np.asarray(entry.convert("L") if isinstance(entry, Image.Image) else entry)
-    if mask.ndim != 2 or (not np.issubdtype(mask.dtype, np.number) and mask.dtype != bool):
+    if mask.ndim != 2 or mask.dtype.kind not in "biuf":
         raise ValueError(f"a mask must be two-dimensional numbers, got {mask.dtype} of shape {mask.shape}")
+    _check_size(mask.shape, size)
     return mask > 0
+
+
+def _check_size(found: tuple[int, ...], size: tuple[int, int]) -> None:
+    if tuple(found) != tuple(size):
+        raise ValueError(f"mask of {tuple(found)} in a picture of {size} (height, width)")
+
+
+def _check_room(count: int, size: tuple[int, ...]) -> None:
+    """`ValueError` for masks that take more memory than is sensible for one picture."""
+    needed = count * size[0] * size[1]
+    if needed > LARGEST_MASKS:
+        raise ValueError(
+            f"{count} masks of {size[0]} x {size[1]} pixels take {needed / 2**30:,.1f} GiB, expected at most "
+            f"{LARGEST_MASKS / 2**30:.0f}; RLE masks take next to nothing"
+        )
 
 
 def load_samples(

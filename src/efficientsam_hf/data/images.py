@@ -3,6 +3,7 @@
 
 import hashlib
 import io
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,31 @@ from .scenes import render_scenes
 from .tars import stream_rows, tar_files
 
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+# Those that Pillow needs help with are pictures all the same: one that cannot be read is said, not passed over.
+ENDINGS = tuple(
+    ".jpg .jpeg .jfif .png .webp .bmp .tif .tiff .gif .jp2 .avif .mpo .heic .heif .jxl .dng .cr2 .nef .arw".split()
+)
 
 
 def find_pictures(folder: Path, shown: str, endings: tuple[str, ...]) -> list[Path]:
     """Files of a folder and its subfolders whose names end so, in any case, in the order of their paths.
 
-    Raises `FileNotFoundError` if the folder, which messages call `shown`, is missing, and `ValueError` if it has none.
+    Hidden files and folders are left out. Raises `FileNotFoundError` if the folder, which messages call `shown`, is
+    missing, and `ValueError` if it has none.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{shown} {folder} does not exist or is not a folder")
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings)
+    files = sorted(path for path in visible_files(folder) if path.suffix.lower() in endings)
     if not files:
         raise ValueError(f"{shown} {folder} holds no pictures ({', '.join(endings)})")
     return files
+
+
+def visible_files(folder: Path) -> Iterator[Path]:
+    """Files of a folder and its subfolders but for hidden ones, such as ._a.jpg and .ipynb_checkpoints/a.jpg."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 class ImageFolder:

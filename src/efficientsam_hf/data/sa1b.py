@@ -2,12 +2,13 @@
 """SA-1B in its own layout: every `NAME.jpg` has a `NAME.json` with RLE masks beside it, in folders or in tars."""
 
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..models.image_processing_efficientsam import open_image
+from .images import visible_files
+from .json_content import parse_json
 from .rle_masks import RleMasks
 from .tars import stream_rows, tar_files
 
@@ -18,6 +19,7 @@ MOST_HALVES = 1000  # files of a tar that wait for the other one of their pictur
 class Sa1bFolder:
     """Pictures of an SA-1B folder and its subfolders, in the order of their paths; nothing is read before access.
 
+    Endings may be in any case, hidden files are left out.
     Item i is {"image": RGB `PIL.Image`, "masks": `RleMasks`, which stand for a (N, H, W) bool array and expand what is
     asked of them, "image_id": the path below the folder}.
 
@@ -29,7 +31,9 @@ class Sa1bFolder:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise FileNotFoundError(f"SA-1B folder {self.folder} does not exist or is not a folder")
-        self._files = sorted(self.folder.rglob("*.json"))
+        found = list(visible_files(self.folder))
+        self._files = sorted(path for path in found if path.suffix.lower() == ".json")
+        self._odd = {path.with_suffix(""): path for path in found if path.suffix.lower() == ".jpg" != path.suffix}
         if not self._files:
             raise ValueError(f"SA-1B folder {self.folder} holds neither .json files nor tars")
 
@@ -39,7 +43,7 @@ class Sa1bFolder:
     def __getitem__(self, index: int) -> dict[str, Any]:
         path = self._files[index]
         name = str(path.relative_to(self.folder).with_suffix(""))
-        picture = path.with_suffix(".jpg")
+        picture = self._odd.get(path.with_suffix(""), path.with_suffix(".jpg"))
         if not picture.is_file():
             raise FileNotFoundError(f"{name}.json has no {name}.jpg beside it")
         return make_sample(name, picture.read_bytes(), path.read_bytes())
@@ -96,10 +100,7 @@ def make_sample(name: str, picture: bytes, annotations: bytes) -> dict[str, Any]
 
 
 def _read_annotations(content: bytes, name: str) -> list[dict[str, Any]]:
-    try:
-        record = json.loads(content)
-    except ValueError as error:
-        raise ValueError(f"{name}.json is not a JSON file: {error}") from error
+    record = parse_json(content, f"{name}.json")
     annotations = record.get("annotations") if isinstance(record, dict) else None
     if not isinstance(annotations, list) or not all(isinstance(entry, dict) for entry in annotations):
         raise ValueError(f"{name}.json is not an SA-1B file: it has no list 'annotations'")

@@ -26,11 +26,15 @@ def stream_rows(tars: list[Path], read: Callable[[list[str]], Iterator[dict[str,
 
 
 def tar_files(path: str, endings: tuple[str, ...]) -> Iterator[tuple[str, bytes]]:
-    """Name and content of the files of a tar whose names end so, in any case; ValueError if the tar is damaged."""
+    """Name and content of the files of a tar whose names end so, in any case, but for hidden ones.
+
+    ValueError if the tar is damaged.
+    """
     try:
         with tarfile.open(path, "r|*") as archive:
             for member in archive:
-                if member.isfile() and member.name.lower().endswith(endings):
+                hidden = any(part.startswith(".") for part in member.name.removeprefix("./").split("/"))
+                if member.isfile() and not hidden and member.name.lower().endswith(endings):
                     yield member.name.removeprefix("./"), archive.extractfile(member).read()
     except (OSError, tarfile.TarError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error

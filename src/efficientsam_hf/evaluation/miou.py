@@ -18,6 +18,7 @@ from ..metrics import bootstrap_difference, chosen_and_best, mask_area, mask_iou
 from ..processes import collect, is_main, own_share
 from ..visualization import contact_sheet, draw_masks, draw_prompts
 from .prompted_image import PromptedImage, compute_context, evaluating
+from .skipped import Report, report_skipped, try_reading
 
 
 DEFAULT_PROTOCOLS = ("center", "uniform", "box")
@@ -33,13 +34,14 @@ class ObjectScores:
     shares: torch.Tensor  # (N,) share of the picture that the object covers
     ious: dict[str, torch.Tensor]  # per protocol (N, 2): IoU of the chosen and of the best mask
     seed: int
+    skipped: int = 0  # pictures that could not be used
 
     def summary(self) -> dict[str, Any]:
         """Means over objects, in all and by thirds of size, as `evaluate` returns them."""
         thirds = dict(zip(SIZES, self.shares.argsort(stable=True).tensor_split(3), strict=True))
         thirds = {size: members for size, members in thirds.items() if len(members)}
         limits = {size: round(self.shares[members].max().item(), 6) for size, members in thirds.items()}
-        counts = {"images": len(self.images.unique()), "objects": len(self.images)}
+        counts = {"images": len(self.images.unique()), "objects": len(self.images), "skipped": self.skipped}
         result: dict[str, Any] = {**counts, "seed": self.seed, "sizes": limits}
         for name, values in self.ious.items():
             chosen, best = values.double().unbind(-1)
@@ -66,7 +68,7 @@ class ObjectScores:
 def evaluate(model: torch.nn.Module, processor: Any, samples: Sequence[dict[str, Any]], **options) -> dict[str, Any]:
     """mIoU over all objects of `samples`; arguments and errors are those of `score_objects`.
 
-    Returns {"images", "objects", "seed", "sizes", and per protocol {"miou", "oracle_miou" (best candidate),
+    Returns {"images", "objects", "skipped", "seed", "sizes", and per protocol {"miou", "oracle_miou" (best candidate),
     "miou_small", "miou_medium", "miou_large"}}; more clicks than one are part of the protocol's name: "uniform:3".
     The sizes are thirds of the objects by their share of the picture, whose upper limits are in "sizes".
     """
@@ -85,6 +87,7 @@ def score_objects(
     limit: int | None = None,
     prompt_chunk: int = 32,
     progress: bool = True,
+    report: Report | None = None,
 ) -> ObjectScores:
     """IoU for every object of `samples`, {"image", "masks" (N, H, W) bool} each, prompted one by one.
 
@@ -96,18 +99,25 @@ def score_objects(
     numbers of clicks after which both are scored. The mask with the highest predicted IoU is scored at the original
     resolution (paper, evaluation protocol). `device` moves the model; a `dtype` other than the weights' computes under
     autocast.
-    In a distributed run the processes share the pictures: all must call, and all get the whole result.
+    A sample whose reading raises `ValueError` or `OSError` is left out and handed to `report(index, reason)`; without
+    one a warning is logged. In a distributed run the processes share the pictures: all must call, and all get the
+    whole result.
 
     Raises `ValueError` for an unknown prompt, a limit, chunk or number of clicks below 1, masks of another size than
-    their image, or samples without any object.
+    their image, samples without any object, and if no sample can be used.
     """
     _check_arguments(prompts, clicks, limit, prompt_chunk)
     compute_context(model, dtype)
     count = len(samples) if limit is None else min(limit, len(samples))
     parts: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
+    skipped: list[tuple[int, str]] = []
     with evaluating(model, device):
         for index in tqdm(own_share(count), desc="evaluate", unit="image", disable=not (progress and is_main())):
-            image, masks = _check_sample(samples[index], index)
+            sample, damage = try_reading(samples.__getitem__, index)
+            if damage:
+                skipped.append((index, damage))
+                continue
+            image, masks = _check_sample(sample, index)
             if len(masks) == 0:
                 continue
             scorer = _ImageScorer(PromptedImage(model, processor, image, dtype, prompt_chunk), masks)
@@ -116,11 +126,13 @@ def score_objects(
                 ious |= scorer.score(name, clicks, _generator(seed, index))
             parts.append((index, mask_area(masks) / masks[0].numel(), ious))
     parts = sorted(collect(parts), key=lambda part: part[0])
+    skipped = sorted(collect(skipped))
+    report_skipped(skipped, count, report)
     if not parts:
         raise ValueError(f"there is nothing to evaluate: no objects in {count} of {len(samples)} samples")
     images = torch.cat([torch.full((len(shares),), index) for index, shares, _ in parts])
     scores = {name: torch.cat([ious[name] for *_, ious in parts]) for name in parts[0][2]}
-    return ObjectScores(images, torch.cat([shares for _, shares, _ in parts]), scores, seed)
+    return ObjectScores(images, torch.cat([shares for _, shares, _ in parts]), scores, seed, len(skipped))
 
 
 def worst_pictures(

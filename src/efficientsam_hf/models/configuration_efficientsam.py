@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configuration of EfficientSAM (Xiong et al., CVPR 2024, arXiv 2312.00863)."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
+
+from .checks_efficientsam import LARGEST_SIDE, check, check_number, check_whole, with_value_errors
 
 
 # Paper, section 3 and table 1: the three plain vision transformers EfficientSAM is built on. The released Ti has 3
@@ -15,13 +20,72 @@ VISION_PRESETS = {
 }
 
 
+# Fields of any configuration here -> least and most that they may be, so that nothing absurd takes memory first.
+WHOLE = {
+    "hidden_size": (1, 2**14),
+    "output_channels": (1, 2**14),
+    "mask_input_channels": (1, 2**14),
+    "mlp_dim": (1, 2**17),
+    "iou_head_hidden_dim": (1, 2**17),
+    "target_width": (1, 2**17),
+    "decoder_width": (1, 2**14),
+    "num_hidden_layers": (1, 1000),
+    "decoder_depth": (1, 1000),
+    "iou_head_depth": (2, 1000),
+    "num_attention_heads": (1, 1000),
+    "decoder_heads": (1, 1000),
+    "num_multimask_outputs": (1, 1000),
+    "attention_downsample_rate": (1, 1000),
+    "num_channels": (1, 1000),
+    "image_size": (1, LARGEST_SIDE),
+    "pretrain_image_size": (1, LARGEST_SIDE),
+    "patch_size": (1, LARGEST_SIDE),
+}
+NUMBERS = {
+    "layer_norm_eps": (0, 1),
+    "attention_dropout": (0, 1),
+    "mask_ratio": (0, 1),
+    "mlp_ratio": (0.01, 100),
+    "decoder_mlp_ratio": (0.01, 100),
+}
+
+
+class EfficientSamConfigMixin:
+    """What all configurations here have in common: absurd values are a ValueError, those given at load too."""
+
+    def check_fields(self) -> None:
+        """ValueError that names the first field whose value is out of bounds."""
+        for name in type(self).__dataclass_fields__:
+            value = getattr(self, name)
+            if name in WHOLE:
+                check_whole(name, value, *WHOLE[name])
+            elif name in NUMBERS:
+                check_number(name, value, *NUMBERS[name])
+            elif name == "hidden_act":
+                check(name, value, value in ACT2FN, f"one of {', '.join(sorted(ACT2FN))}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> PreTrainedConfig:
+        """As every configuration's, but fields in `kwargs` are there from the start, to be checked like the others."""
+        names = [name for name in cls.__annotations__ if name in kwargs]
+        if names:
+            saved = cls(**config_dict).to_dict()
+            changes = {name: kwargs.pop(name) for name in names}
+            for name, value in changes.items():
+                if isinstance(value, dict) and isinstance(saved.get(name), dict):
+                    changes[name] = {**saved[name], **value}
+            config_dict = {**saved, **changes}
+        return super().from_dict(config_dict, **kwargs)
+
+
 def _check_divides(divisor: int, number: int, names: str) -> None:
     if divisor < 1 or number < divisor or number % divisor:
         raise ValueError(f"{names} do not fit: {number} is not a positive multiple of {divisor}.")
 
 
+@with_value_errors
 @strict
-class EfficientSamVisionConfig(BackboneConfigMixin, PreTrainedConfig):
+class EfficientSamVisionConfig(EfficientSamConfigMixin, BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of the image encoder: a plain ViT with global attention and a convolutional neck.
 
@@ -76,6 +140,7 @@ class EfficientSamVisionConfig(BackboneConfigMixin, PreTrainedConfig):
     _out_indices: list[int] | None = None
 
     def __post_init__(self, **kwargs):
+        self.check_fields()
         _check_divides(self.num_attention_heads, self.hidden_size, "num_attention_heads and hidden_size")
         _check_divides(self.patch_size, self.image_size, "patch_size and image_size")
         _check_divides(self.patch_size, self.pretrain_image_size, "patch_size and pretrain_image_size")
@@ -83,11 +148,20 @@ class EfficientSamVisionConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
         )
+        kwargs.pop("stage_names", None)  # of a saved configuration, which had other layers if they are changed at load
         super().__post_init__(**kwargs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Without the default stage, which is the last one of however many layers are loaded."""
+        fields = super().to_dict()
+        if fields["out_features"] == self.stage_names[-1:]:
+            fields["out_features"] = fields["out_indices"] = None
+        return fields
 
+
+@with_value_errors
 @strict
-class EfficientSamPromptEncoderConfig(PreTrainedConfig):
+class EfficientSamPromptEncoderConfig(EfficientSamConfigMixin, PreTrainedConfig):
     r"""
     Configuration of the prompt encoder.
 
@@ -129,19 +203,19 @@ class EfficientSamPromptEncoderConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self, **kwargs):
+        self.check_fields()
         _check_divides(2, self.hidden_size, "2 (sine and cosine) and hidden_size")
         _check_divides(4, self.mask_input_channels, "4 and mask_input_channels")
         if self.dense_boxes and not self.mask_prompts:
             raise ValueError("dense_boxes is on and mask_prompts is off: a filled box is embedded as a mask prompt is")
-        if self.padded_prompt_tokens is not None and self.padded_prompt_tokens < 2:
-            raise ValueError(
-                f"padded_prompt_tokens is {self.padded_prompt_tokens}, expected None or at least 2 (a box)"
-            )
+        if self.padded_prompt_tokens is not None:
+            check_whole("padded_prompt_tokens", self.padded_prompt_tokens, 2, 1000)  # a box is two
         super().__post_init__(**kwargs)
 
 
+@with_value_errors
 @strict
-class EfficientSamMaskDecoderConfig(PreTrainedConfig):
+class EfficientSamMaskDecoderConfig(EfficientSamConfigMixin, PreTrainedConfig):
     r"""
     Configuration of the mask decoder: a two-way transformer between prompt tokens and image tokens.
 
@@ -183,16 +257,16 @@ class EfficientSamMaskDecoderConfig(PreTrainedConfig):
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self, **kwargs):
+        self.check_fields()
         _check_divides(8, self.hidden_size, "8 (upscaling divides the channels by it) and hidden_size")
         width = self.num_attention_heads * self.attention_downsample_rate
         _check_divides(width, self.hidden_size, "num_attention_heads x attention_downsample_rate and hidden_size")
-        if self.iou_head_depth < 2:
-            raise ValueError(f"iou_head_depth is {self.iou_head_depth}, expected at least 2")
         super().__post_init__(**kwargs)
 
 
+@with_value_errors
 @strict
-class EfficientSamConfig(PreTrainedConfig):
+class EfficientSamConfig(EfficientSamConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`EfficientSamModel`].
 

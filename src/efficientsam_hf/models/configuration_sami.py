@@ -4,7 +4,8 @@
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .configuration_efficientsam import VISION_PRESETS, EfficientSamVisionConfig
+from .checks_efficientsam import with_value_errors
+from .configuration_efficientsam import VISION_PRESETS, EfficientSamConfigMixin, EfficientSamVisionConfig
 
 
 CHOICES = {
@@ -15,8 +16,9 @@ CHOICES = {
 }
 
 
+@with_value_errors
 @strict
-class SamiConfig(PreTrainedConfig):
+class SamiConfig(EfficientSamConfigMixin, PreTrainedConfig):
     r"""
     Configuration of [`SamiForPreTraining`]; the defaults are the paper's Ti, pretrained with SAM's features as target.
 
@@ -87,14 +89,12 @@ class SamiConfig(PreTrainedConfig):
     learn_positions: bool = False
 
     def __post_init__(self, **kwargs):
+        self.check_fields()
         if self.vision_config is None or isinstance(self.vision_config, dict):
             self.vision_config = EfficientSamVisionConfig(**{"image_size": 224, **(self.vision_config or {})})
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        for name in ("target_width", "decoder_depth", "decoder_width", "decoder_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
         if self.decoder_width % self.decoder_heads:
             raise ValueError(
                 f"decoder_width is {self.decoder_width}, expected a multiple of decoder_heads ({self.decoder_heads})"

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .checks_efficientsam import check_tensor, is_whole, short
 from .modeling_efficientsam import EfficientSamAttention, EfficientSamModel, place_pixels
 
 
@@ -35,12 +36,14 @@ class EfficientSamFastDecoder:
     """
 
     def __init__(self, model: EfficientSamModel, image_embeddings: torch.Tensor, chunk_size: int | None = None):
+        check_tensor("image_embeddings", image_embeddings, "(1, C, h, w)")
         if image_embeddings.ndim != 4 or len(image_embeddings) != 1:
             raise ValueError(
                 f"image_embeddings has shape {tuple(image_embeddings.shape)}, expected that of one image, (1, C, h, w)"
             )
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if chunk_size is not None and (not is_whole(chunk_size) or chunk_size < 1):
+            raise ValueError(f"chunk_size must be at least 1, got {short(chunk_size)}")
+        model._check_embeddings(image_embeddings)
         self.model = model
         self.embeddings = image_embeddings
         dtype = model.prompt_encoder.point_embed.weight.dtype
@@ -212,6 +215,13 @@ class EfficientSamFastDecoder:
             start += pixels.shape[1]
 
 
+def place_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype that a model takes images in: those of its first weight that is not offloaded."""
+    parameters = list(model.parameters())
+    first = next((one for one in parameters if one.device.type != "meta"), None)
+    return torch.device("cpu") if first is None else first.device, parameters[0].dtype
+
+
 def _chunk_size(prompt_bytes: int, device: torch.device) -> int:
     """Prompts to decode at once, where the image tokens of one take so many bytes."""
     if device.type == "cuda":
@@ -230,7 +240,7 @@ def _keep_freed_memory(device: torch.device) -> None:
     page by page. Freeing one large block, which is never written to, ends that.
     """
     if device.type == "cpu":
-        torch.empty(GLIBC_MAPPED_BYTES - 2**16, dtype=torch.uint8)
+        torch.empty(GLIBC_MAPPED_BYTES - 2**16, dtype=torch.uint8, device="cpu")
 
 
 def _is_above(scores: torch.Tensor, threshold: float | None) -> torch.Tensor:
@@ -325,4 +335,4 @@ def _children(tokens: torch.Tensor, layer: nn.ConvTranspose2d) -> torch.Tensor:
     return F.linear(tokens, weight, layer.bias.repeat(4)).unflatten(-1, (4, -1))
 
 
-__all__ = ["EfficientSamFastDecoder"]
+__all__ = ["EfficientSamFastDecoder", "place_of"]

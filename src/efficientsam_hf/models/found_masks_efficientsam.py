@@ -83,8 +83,7 @@ def without_small_regions(mask: FoundMask, image_size: tuple[int, int], max_hole
 def suppress(masks: list[FoundMask], threshold: float, rank: Callable[[FoundMask], Any]) -> list[FoundMask]:
     """Non-maximum suppression where masks of the lowest rank come first."""
     ranked = sorted(masks, key=rank)
-    boxes = torch.tensor([mask.box for mask in ranked]).reshape(-1, 4)
-    kept = non_maximum_suppression(boxes, -torch.arange(len(ranked)).double(), threshold)
+    kept = non_maximum_suppression(_boxes(ranked), -torch.arange(len(ranked), device="cpu").double(), threshold)
     return [ranked[index] for index in kept.tolist()]
 
 
@@ -92,14 +91,18 @@ def suppress_alike(masks: list[FoundMask], threshold: float, rank: Callable[[Fou
     """Masks (with runs) without those whose IoU with one of a lower rank is above the threshold, pixel by pixel."""
     kept: list[FoundMask] = []
     for mask in sorted(masks, key=rank):
-        boxes = torch.tensor([other.box for other in kept]).reshape(-1, 4)
-        areas = torch.tensor([other.area for other in kept])
+        areas = torch.tensor([other.area for other in kept], dtype=torch.long, device="cpu")
         # No more than the boxes share, nor than the smaller mask, can be common to two masks.
-        most = torch.minimum(_shared_pixels(torch.tensor(mask.box), boxes), areas.clamp(max=mask.area))
-        near = (most > threshold * (mask.area + areas - most)).nonzero()[:, 0].tolist()
+        most = torch.minimum(_shared_pixels(_boxes([mask])[0], _boxes(kept)), areas.clamp(max=mask.area))
+        near = (most > threshold * (mask.area + areas - most).float()).nonzero()[:, 0].tolist()
         if not any(runs_iou(mask.runs, kept[index].runs) > threshold for index in near):
             kept.append(mask)
     return kept
+
+
+def _boxes(masks: list[FoundMask]) -> torch.Tensor:
+    """Boxes of masks: -> (K, 4) int64."""
+    return torch.tensor([mask.box for mask in masks], dtype=torch.long, device="cpu").reshape(-1, 4)
 
 
 def _shared_pixels(box: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:

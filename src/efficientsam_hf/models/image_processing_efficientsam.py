@@ -15,6 +15,18 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from .checks_efficientsam import (
+    LARGEST_SIDE,
+    as_tensor,
+    check,
+    check_bool,
+    check_choice,
+    check_tensor,
+    image_sizes,
+    is_number,
+    is_whole,
+    short,
+)
 from .mask_cleaning_efficientsam import MaskCleaning, clean_logits, clean_masks
 from .mask_generation_efficientsam import download
 from .mask_generation_options_efficientsam import MaskGenerationOptions
@@ -31,8 +43,13 @@ from .mask_geometry_efficientsam import (
 from .rle_efficientsam import decode_rle, mask_to_counts
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MASKS_AT_ONCE = 16  # full-size float32 masks in memory while the logits of a batch are resized
 PIXELS_AT_ONCE = 96  # of an axis that are interpolated by one product: more of them share few cells
+STEPS = ("do_resize", "do_rescale", "do_normalize", "antialias")
+# What files of other image processors may say -> the value that agrees with what is done here.
+OTHER_STEPS = {"resample": Image.Resampling.BILINEAR.value, "rescale_factor": 1 / 255, "do_pad": False}
+OTHER_STEPS |= {"do_center_crop": False, "do_flip_channel_order": False}
 
 
 def open_image(source: Any, name: str = "image") -> Image.Image:
@@ -79,10 +96,27 @@ def _upright_rgb(image: Image.Image, shown: str) -> Image.Image:
 
 
 def check_picture(image: Image.Image, shown: str) -> None:
+    """`ValueError` for a picture without a pixel, or with more than 8 bits a channel; call it before it is loaded."""
     if not image.width or not image.height:
         raise ValueError(f"{shown} is empty: {image.width} x {image.height} pixels")
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"{shown} has mode {image.mode}, expected 8 bits a channel: scale its values to 0..255 first")
+    if _is_deep(image):  # Pillow keeps the high byte, and data of 10 or 12 bits becomes nearly black
+        raise ValueError(f"{shown} has 16 bits a channel, expected 8: scale its values to 0..255 first")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a file that is not loaded yet has more than 8 bits a channel, which its mode does not tell."""
+    if max(getattr(image, "tag_v2", {}).get(ExifTags.Base.BitsPerSample, (8,))) > 8:  # TIFF
+        return True
+    return any(";16" in mode and not mode.startswith("BGR") for mode in _stored_modes(image))  # BGR;16: 5, 6, 5
+
+
+def _stored_modes(image: Image.Image) -> list[str]:
+    """How pixels lie in a file that is not loaded yet, in Pillow's words: RGB, RGB;16B."""
+    arguments = [tile[3] for tile in getattr(image, "tile", None) or []]
+    parts = [part for one in arguments for part in (one if isinstance(one, tuple) else (one,))]
+    return [part for part in parts if isinstance(part, str)]
 
 
 class EfficientSamImageProcessor(BaseImageProcessor):
@@ -104,6 +138,9 @@ class EfficientSamImageProcessor(BaseImageProcessor):
             unknown one is a TypeError, a value that does not fit a ValueError.
         mask_cleaning (`dict`, *optional*):
             What `post_process_masks` does to make masks whole, by the names of [`MaskCleaning`]; nothing by default.
+
+    Raises ValueError for values that would make no picture, or one that fills the memory, and for steps of other image
+    processors that these pictures do not take.
     """
 
     model_input_names = ["pixel_values", "original_sizes", "reshaped_input_sizes"]
@@ -121,12 +158,18 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         mask_cleaning: dict[str, Any] | None = None,
         **kwargs,
     ):
+        for name, value in (("mask_generation", mask_generation), ("mask_cleaning", mask_cleaning)):
+            check(name, value, value is None or isinstance(value, Mapping), "a dict of options")
+        for name, known in OTHER_STEPS.items():
+            check(name, kwargs.get(name), kwargs.get(name) in (None, known), f"{known}: there is no other here")
         super().__init__(**kwargs)
         self.size = _square(1024 if size is None else size)
         self.antialias = antialias
         self.do_resize, self.do_rescale, self.do_normalize = do_resize, do_rescale, do_normalize
-        self.image_mean = list(IMAGENET_DEFAULT_MEAN if image_mean is None else image_mean)
-        self.image_std = list(IMAGENET_DEFAULT_STD if image_std is None else image_std)
+        for name in STEPS:
+            check_bool(name, getattr(self, name))
+        self.image_mean = _of_channels("image_mean", IMAGENET_DEFAULT_MEAN if image_mean is None else image_mean)
+        self.image_std = _of_channels("image_std", IMAGENET_DEFAULT_STD if image_std is None else image_std, low=1e-6)
         self.mask_generation = dict(mask_generation or {})
         MaskGenerationOptions().with_changes(self.mask_generation)
         self.mask_cleaning = dict(mask_cleaning or {})
@@ -161,6 +204,9 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         do_rescale = self.do_rescale if do_rescale is None else do_rescale
         do_normalize = self.do_normalize if do_normalize is None else do_normalize
         antialias = self.antialias if antialias is None else antialias
+        for name, value in zip(STEPS, (do_resize, do_rescale, do_normalize, antialias), strict=True):
+            check_bool(name, value)
+        check_choice("return_tensors", return_tensors, ("pt", "np", None))
         tensors = [image_to_tensor(image, f"images[{index}]") for index, image in enumerate(_as_list(images))]
         original_sizes = [tuple(tensor.shape[1:]) for tensor in tensors]
         target = (size["height"], size["width"])
@@ -176,8 +222,10 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         return _batch(prepared, original_sizes, return_tensors)
 
     def _normalize(self, image: torch.Tensor) -> torch.Tensor:
-        mean = torch.tensor(self.image_mean, device=image.device).view(-1, 1, 1)
-        std = torch.tensor(self.image_std, device=image.device).view(-1, 1, 1)
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=image.device).view(-1, 1, 1)
+            for values in (self.image_mean, self.image_std)
+        )
         return (image - mean) / std
 
     def post_process_masks(
@@ -210,23 +258,25 @@ class EfficientSamImageProcessor(BaseImageProcessor):
             A list over images of (Q, M, H, W) bool, or float32 with `binarize=False`.
 
         Raises:
-            ValueError: if the numbers of images differ, or that of prompts and masks.
+            ValueError: for malformed masks, sizes or prompts, or if their numbers of images or objects differ.
             TypeError: for an unknown option.
         """
         options = MaskCleaning().with_changes({**(self.mask_cleaning or {}), **cleaning})
-        sizes = [tuple(int(value) for value in size) for size in _to_lists(original_sizes)]
+        check("mask_threshold", mask_threshold, is_number(mask_threshold), "a number")
+        check("prompts", prompts, prompts is None or isinstance(prompts, Mapping), "what the processor returned")
+        masks, sizes = _logits_of_images(masks), image_sizes(original_sizes, "original_sizes")
         if len(sizes) != len(masks):
             raise ValueError(f"original_sizes is for {len(sizes)} images, but masks for {len(masks)}")
-        masks = [torch.as_tensor(image_masks) for image_masks in masks]
+        object_mask = None if object_mask is None else _real_of_images(object_mask, masks)
         given = [
             self._prompts_of(prompts or {}, index, image_masks, size)
             for index, (image_masks, size) in enumerate(zip(masks, sizes, strict=True))
         ]
         if object_mask is not None:
-            masks = [image_masks[real] for image_masks, real in zip(masks, object_mask, strict=True)]
+            masks = [image_masks[real.to(image_masks.device)] for image_masks, real in zip(masks, object_mask)]
             given = [
                 {name: value[real.to(value.device)] for name, value in own.items()}
-                for own, real in zip(given, object_mask, strict=True)
+                for own, real in zip(given, object_mask)
             ]
         result = []
         for image_masks, size, own in zip(masks, sizes, given, strict=True):
@@ -245,16 +295,16 @@ class EfficientSamImageProcessor(BaseImageProcessor):
         found: dict[str, torch.Tensor] = {}
         for name, key in (("input_points", "clicks"), ("input_labels", "labels"), ("input_boxes", "boxes")):
             if prompts.get(name) is not None:
-                value = torch.as_tensor(prompts[name][index], device=masks.device)
-                if len(value) != len(masks):
-                    raise ValueError(
-                        f"{name} of image {index} is for {len(value)} objects, but masks for {len(masks)}"
-                    )
-                found[key] = value
+                found[key] = _of_image(name, prompts[name], index, masks)
+        if "labels" in found and ("clicks" not in found or found["labels"].shape != found["clicks"].shape[:2]):
+            raise ValueError(f"input_labels of image {index} is not one for each of input_points")
         height, width = self.size["height"], self.size["width"]
         if prompts.get("reshaped_input_sizes") is not None:  # of the call that made them
-            height, width = _to_lists(prompts["reshaped_input_sizes"])[index]
-        scale = torch.tensor([size[1] / width, size[0] / height], device=masks.device)
+            sizes = image_sizes(prompts["reshaped_input_sizes"], "reshaped_input_sizes")
+            if index >= len(sizes):
+                raise ValueError(f"reshaped_input_sizes is for {len(sizes)} images, but masks for more")
+            height, width = sizes[index]
+        scale = torch.tensor([size[1] / width, size[0] / height], dtype=torch.float32, device=masks.device)
         if "clicks" in found:
             # A click names a pixel, and scaling there and back must not bring it into the one before.
             found["clicks"] = (found["clicks"].float() * scale * 64).round() / 64
@@ -340,9 +390,9 @@ class EfficientSamImageProcessor(BaseImageProcessor):
             # The model reads coordinates as pixel centres, half a pixel from those of the unit square.
             grid = point_grid(side) * target_size - 0.5
             grids.append(torch.cat([grid, grid[-1:].expand(points_per_crop**2 - len(grid), 2)]))
-        points = torch.stack(grids, dim=1)[None].to(device)
-        labels = torch.ones(points.shape[:3], dtype=torch.long, device=device)
-        return torch.tensor(boxes, device=device), points, crops, labels
+        points = torch.stack(grids, dim=1)[None].to(device or "cpu")
+        labels = torch.ones(points.shape[:3], dtype=torch.long, device=points.device)
+        return torch.tensor(boxes, device=points.device), points, crops, labels
 
     def filter_masks(
         self,
@@ -404,8 +454,11 @@ def image_to_tensor(image: Any, name: str) -> torch.Tensor:
         FileNotFoundError, TypeError: as `open_image`.
     """
     if isinstance(image, np.ndarray):
+        if image.dtype.kind not in "biuf":
+            raise ValueError(f"{name} has dtype {image.dtype}, expected uint8, or floats in 0..1")
         tensor = torch.from_numpy(np.require(image, requirements="CW"))
     elif isinstance(image, torch.Tensor):
+        check_tensor(name, image, "(3, H, W)")
         tensor = image
     else:
         return torch.from_numpy(np.array(_upright(image, name))).permute(2, 0, 1)
@@ -433,7 +486,7 @@ def _upright(image: Any, name: str) -> Image.Image:
 def _checked_values(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if tensor.dtype == torch.uint8:
         return tensor
-    if not tensor.is_floating_point():
+    if tensor.dtype not in FLOATS:
         raise ValueError(f"{name} has dtype {tensor.dtype}, expected uint8, or floats in 0..1")
     low, high = (float(value) for value in tensor.aminmax())
     if not (low >= 0.0 and high <= 1.0):
@@ -450,12 +503,21 @@ def _as_list(images: Any) -> list[Any]:
 
 
 def _square(size: int | dict[str, int]) -> dict[str, int]:
-    if isinstance(size, int):
-        size = {"height": size, "width": size}
-    size = {key: value for key, value in dict(size).items() if value is not None}
-    if sorted(size) != ["height", "width"] or not all(isinstance(side, int) and side > 0 for side in size.values()):
-        raise ValueError(f"size is {size}, expected a positive int or {{'height': int, 'width': int}}")
-    return size
+    expected = f"a whole number from 1 to {LARGEST_SIDE}, or {{'height': int, 'width': int}} of such"
+    sides = {"height": size, "width": size} if is_whole(size) else size
+    check("size", size, isinstance(sides, Mapping), expected)
+    sides = {key: value for key, value in sides.items() if value is not None}
+    fits = set(sides) == {"height", "width"} and all(is_whole(n) and 1 <= n <= LARGEST_SIDE for n in sides.values())
+    check("size", size, fits, expected)
+    return {key: int(value) for key, value in sides.items()}
+
+
+def _of_channels(name: str, values: Any, low: float = -1e6, high: float = 1e6) -> list[float]:
+    """A number for each channel; ValueError for anything else, or numbers out of bounds."""
+    numbers = list(values) if isinstance(values, (list, tuple, np.ndarray)) else []
+    fits = len(numbers) == 3 and all(is_number(value) and low <= value <= high for value in numbers)
+    check(name, values, fits, f"three numbers from {low:g} to {high:g}")
+    return [float(value) for value in numbers]
 
 
 def _batch(images: list[torch.Tensor], original_sizes: list[tuple[int, int]], return_tensors: str | None):
@@ -469,11 +531,50 @@ def _batch(images: list[torch.Tensor], original_sizes: list[tuple[int, int]], re
     data = {"pixel_values": images, "original_sizes": original_sizes, "reshaped_input_sizes": reshaped_input_sizes}
     if return_tensors == "np":
         data["pixel_values"] = images.numpy()
+    elif return_tensors == "pt":
+        data |= {name: torch.tensor(sizes, device="cpu") for name, sizes in data.items() if name != "pixel_values"}
     return BatchFeature(data, tensor_type=return_tensors)
 
 
-def _to_lists(sizes: Any) -> list:
-    return sizes.tolist() if hasattr(sizes, "tolist") else list(sizes)
+def _logits_of_images(masks: Any) -> list[torch.Tensor]:
+    """Masks of `post_process_masks` as a tensor (Q, M, h, w) of each image."""
+    is_nested = isinstance(masks, (list, tuple)) or getattr(masks, "ndim", 0) > 0
+    check("masks", masks, is_nested, "(objects, masks, h, w) of each image")
+    found = []
+    for index, own in enumerate(masks):
+        name = f"masks of image {index}"
+        logits = as_tensor(name, own, "(objects, masks, h, w)")
+        if logits.ndim != 4 or 0 in logits.shape[1:]:
+            raise ValueError(f"{name} has shape {tuple(logits.shape)}, expected (objects, masks, h, w)")
+        found.append(logits)
+    return found
+
+
+def _real_of_images(object_mask: Any, masks: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Which objects are real as a tensor (Q) bool for each image; ValueError if it does not fit the masks."""
+    is_nested = isinstance(object_mask, (list, tuple)) or getattr(object_mask, "ndim", 0) == 2
+    check("object_mask", object_mask, is_nested, "a bool for each object of each image")
+    real = [as_tensor(f"object_mask of image {index}", own, "(Q)").bool() for index, own in enumerate(object_mask)]
+    shapes, expected = [tuple(own.shape) for own in real], [(len(image_masks),) for image_masks in masks]
+    if shapes != expected:
+        raise ValueError(f"object_mask has shapes {short(shapes)}, expected those of masks, {short(expected)}")
+    return real
+
+
+def _of_image(name: str, prompts: Any, index: int, masks: torch.Tensor) -> torch.Tensor:
+    """What `post_process_masks` is given of one kind of prompt, of one image whose masks are (Q, M, h, w)."""
+    tail = {"input_points": ("P", 2), "input_labels": ("P",), "input_boxes": (4,)}[name]
+    try:
+        value = torch.as_tensor(prompts[index], device=masks.device)
+    except (TypeError, ValueError, IndexError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{name} is {short(prompts)}, expected that of the processor") from error
+    fits = value.ndim == 1 + len(tail) and (tail[-1] in ("P", value.shape[-1])) and not value.is_complex()
+    if not fits:
+        expected = ", ".join(map(str, ("Q", *tail)))
+        raise ValueError(f"{name} of image {index} has shape {tuple(value.shape)}, expected ({expected})")
+    if len(value) != len(masks):
+        raise ValueError(f"{name} of image {index} is for {len(value)} objects, but masks for {len(masks)}")
+    return value
 
 
 def _resize_logits(logits: torch.Tensor, size: tuple[int, int], threshold: float | None) -> torch.Tensor:
@@ -525,7 +626,7 @@ def _first_cell(pixel: int, cells: int, pixels: int) -> int:
 @lru_cache(maxsize=16)
 def _resize_weights(cells: int, pixels: int, device: torch.device) -> torch.Tensor:
     """Bicubic interpolation along one axis as a matrix: (pixels, cells) float32."""
-    identity = torch.eye(cells, device=device)[None, None]
+    identity = torch.eye(cells, dtype=torch.float32, device=device)[None, None]
     return F.interpolate(identity, size=(pixels, cells), mode="bicubic", align_corners=False)[0, 0]
 
 

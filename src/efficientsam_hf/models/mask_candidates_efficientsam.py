@@ -49,7 +49,7 @@ class HeldWindows:
     """Low-resolution logits of candidates: in one block of memory what each needs of them, until it is full."""
 
     def __init__(self):
-        self.block = torch.empty(0)
+        self.block = torch.empty(0, device="cpu")
         self.shape: tuple[int, int] = (0, 0)
         self.used = 0
 
@@ -65,7 +65,7 @@ class HeldWindows:
             if fits:
                 self.block[self.used : self.used + len(part)] = part
                 self.used += len(part)
-        return torch.tensor(places, dtype=torch.long)
+        return torch.tensor(places, dtype=torch.long, device="cpu")
 
     def get(self, place: int, window: list[int]) -> torch.Tensor:
         """(h, w), with zeros where nothing matters."""
@@ -87,7 +87,7 @@ class HeldMasks:
         start, count = len(self.masks), min(room, len(masks))
         # A view of some would keep the memory of all.
         self.masks += masks[:count].clone().unbind() if count < len(masks) else masks.unbind()
-        places = torch.arange(start, start + len(masks))
+        places = torch.arange(start, start + len(masks), device="cpu")
         return places.where(places < start + count, -1)
 
     def get(self, place: int, window: list[int]) -> torch.Tensor:
@@ -133,7 +133,7 @@ def _rising_share(logits: torch.Tensor, mask_threshold: float, offset: float) ->
     rows = larger[:, :, :-2] & larger[:, :, 1:-1] & larger[:, :, 2:]
     inner = F.pad(rows[:, :-2] & rows[:, 1:-1] & rows[:, 2:], (1, 1, 1, 1))
     rising = (logits > mask_threshold - offset / 2) & (logits <= mask_threshold + offset) & ~inner
-    return count_pixels(rising) / count_pixels(larger).clamp(min=1)
+    return count_pixels(rising).float() / count_pixels(larger).clamp(min=1)
 
 
 def _block_boxes(masks: torch.Tensor) -> torch.Tensor:

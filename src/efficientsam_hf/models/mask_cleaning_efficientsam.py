@@ -3,12 +3,13 @@
 
 import dataclasses
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+
+from .checks_efficientsam import check_finite, check_tensor, cut, is_number, short
 
 
 DEPTH = 2.0  # logits; what is taken away or filled is certain, and stays so where stability is judged
@@ -32,25 +33,24 @@ class MaskCleaning:
     def __post_init__(self):
         for name in ("largest_part", "within_box"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        number = isinstance(self.fill_holes, numbers.Real) and not isinstance(self.fill_holes, bool)
-        if not number or not 0 <= self.fill_holes < math.inf:
-            raise ValueError(f"fill_holes must be a fraction of at least 0, got {self.fill_holes!r}")
+                raise ValueError(f"{name} must be True or False, got {short(getattr(self, name))}")
+        if not is_number(self.fill_holes) or not 0 <= self.fill_holes < math.inf:
+            raise ValueError(f"fill_holes must be a fraction of at least 0, got {short(self.fill_holes)}")
 
     def with_changes(self, changes: dict[str, Any]) -> "MaskCleaning":
         """These options with others in their place; TypeError if one is unknown, ValueError if a value is wrong."""
         return changed_options(self, changes, "mask cleaning")
 
     def __bool__(self) -> bool:
-        return self.largest_part or self.fill_holes > 0 or self.within_box
+        return self.largest_part or bool(self.fill_holes > 0) or self.within_box
 
 
 def changed_options(options: Any, changes: dict[str, Any], shown: str) -> Any:
     """A dataclass of options, which messages call `shown`, with other values; TypeError if one is unknown."""
     names = [field.name for field in dataclasses.fields(options)]
-    unknown = sorted(set(changes) - set(names))
+    unknown = sorted(map(str, set(changes) - set(names)))
     if unknown:
-        raise TypeError(f"unknown option {unknown[0]!r} of {shown}, expected {', '.join(names)}")
+        raise TypeError(f"unknown option {cut(repr(unknown[0]))} of {shown}, expected {', '.join(names)}")
     return dataclasses.replace(options, **changes)
 
 
@@ -64,19 +64,48 @@ def clean_masks(
     """Masks made whole, (Q, M, H, W) bool -> (Q, M, H, W) bool, on the CPU whatever device they are on.
 
     `clicks` (Q, P, 2) xy and `boxes` (Q, 4) xyxy are in pixels of the masks, where pixel 0 reaches from 0 to 1;
-    `labels` (Q, P) are 1 on the object, 0 beside it and -1 for padding; a box of -1 is none.
+    `labels` (Q, P) are 1 on the object, 0 beside it and -1 for padding; a box of -1 is none. Raises TypeError or
+    ValueError for other shapes, and for clicks or boxes that are not finite.
     """
+    _check_shapes(masks, clicks, labels, boxes)
+    clicks, labels, boxes = (None if given is None else given.cpu() for given in (clicks, labels, boxes))
+    if clicks is not None:
+        check_finite("clicks", clicks, ("object",), labels == -1)
+    if boxes is not None:
+        check_finite("boxes", boxes, ("object",))
     result = masks.cpu().numpy().copy()
     empty = np.zeros((0, 2), np.int64)
     for index, of_object in enumerate(result):
         box = None if boxes is None else boxes[index].tolist()
         on, beside = empty, empty
         if clicks is not None:
-            pixels = _pixels_at(clicks[index].cpu().numpy(), masks.shape[-2:])
-            on, beside = (pixels[labels[index].cpu().numpy() == value] for value in (1, 0))
+            points, kinds = clicks[index].float().numpy(), labels[index].numpy()
+            on, beside = (_pixels_at(points[kinds == value], masks.shape[-2:]) for value in (1, 0))
         for mask in of_object:
             _clean(mask, cleaning, on, beside, box)
     return torch.from_numpy(result).to(masks.device)
+
+
+def _check_shapes(masks, clicks, labels, boxes) -> None:
+    shape = "(Q, M, H, W)"
+    check_tensor("masks", masks, shape)
+    if masks.ndim != 4 or masks.dtype != torch.bool:
+        raise ValueError(f"masks is {short(masks)}, expected {shape} bool")
+    if (clicks is None) != (labels is None):
+        raise ValueError(
+            f"{'labels' if clicks is None else 'clicks'} is given alone, expected clicks with their labels"
+        )
+    count = len(masks)
+    for name, value, expected in (("clicks", clicks, (count, "P", 2)), ("boxes", boxes, (count, 4))):
+        if value is None:
+            continue
+        check_tensor(name, value, str(expected))
+        if value.ndim != len(expected) or value.shape[0] != count or value.shape[-1] != expected[-1]:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
+    if labels is not None:
+        check_tensor("labels", labels, "(Q, P)")
+        if labels.shape != clicks.shape[:2]:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {tuple(clicks.shape[:2])}")
 
 
 def clean_logits(

@@ -17,8 +17,9 @@ import http.client
 import io
 import math
 import os
+import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice
 from typing import Any
@@ -27,7 +28,8 @@ import numpy as np
 import torch
 from transformers import MaskGenerationPipeline
 
-from .fast_decoding_efficientsam import EfficientSamFastDecoder
+from .checks_efficientsam import short
+from .fast_decoding_efficientsam import EfficientSamFastDecoder, place_of
 from .found_masks_efficientsam import FoundMask, label_regions, suppress, suppress_alike, without_small_regions
 from .mask_candidates_efficientsam import Candidates, HeldMasks, HeldWindows, promising
 from .mask_cleaning_efficientsam import clean_logits
@@ -52,7 +54,8 @@ MASKS_AT_ONCE = 16  # candidates that are looked at before the next ones are sup
 # Other devices look at those of a turn together, as far as their pixels (or, of low-resolution logits, cells) allow.
 MASKS_TOGETHER = 32
 PIXELS_TOGETHER = 2**26  # 32 masks of 1920 x 1080, a quarter of a gigabyte in float32
-DOWNLOAD_SECONDS = 30
+DOWNLOAD_SECONDS = 30  # without an answer; ten times as many in all
+DOWNLOAD_BYTES = 2**28
 
 
 class EfficientSamMaskGenerator:
@@ -76,7 +79,9 @@ class EfficientSamMaskGenerator:
             raise TypeError(f"mask generation by this class is for EfficientSAM models, got a {type(model).__name__}")
         self.model = model
         self.image_processor = getattr(processor, "image_processor", processor)
-        size = self.image_processor.size
+        size = getattr(self.image_processor, "size", None)
+        if not isinstance(size, Mapping):
+            raise TypeError(f"processor is a {type(processor).__name__}, expected an EfficientSamProcessor")
         if size["height"] != size["width"]:
             raise ValueError(f"the size of the image processor must be square to lay out grids, got {size}")
         if not getattr(self.image_processor, "do_resize", True):
@@ -104,7 +109,7 @@ class EfficientSamMaskGenerator:
             TypeError, ValueError: for an unknown option or a wrong value, and for what is no image.
         """
         if progress is not None and not callable(progress):
-            raise TypeError(f"progress must be a function of the finished fraction, or None, got {progress!r}")
+            raise TypeError(f"progress must be a function of the finished fraction, or None, got {short(progress)}")
         chosen = self.options.with_changes(options)
         if chosen.max_hole_area or chosen.max_sprinkle_area:
             label_regions()
@@ -136,11 +141,10 @@ class EfficientSamMaskGenerator:
 
     def _embeddings(self, crops: list[torch.Tensor]) -> Iterator[torch.Tensor]:
         """Embeddings of each crop, (1, C, h, w)."""
-        parameter = next(self.model.parameters())
+        place = place_of(self.model)
         for start in range(0, len(crops), IMAGES_AT_ONCE):
             pixels = self.image_processor(images=crops[start : start + IMAGES_AT_ONCE], return_tensors="pt")
-            pixels = pixels["pixel_values"].to(parameter.device, parameter.dtype)
-            yield from self.model.get_image_embeddings(pixels).split(1)
+            yield from self.model.get_image_embeddings(pixels["pixel_values"].to(*place)).split(1)
 
     def _masks_of_image(
         self, boxes, points, embeddings: Iterator[torch.Tensor], options, progress: "_Progress"
@@ -215,19 +219,19 @@ class _Crop:
         """Masks that pass all filters and that no better one of this crop suppresses."""
         candidates, held = self._candidates()
         inner, outer = self._box_limits(candidates)
-        alive = torch.ones(len(candidates.scores), dtype=torch.bool)
+        alive = torch.ones(len(candidates.scores), dtype=torch.bool, device="cpu")
         found: list[FoundMask] = []
-        boxes = torch.empty(0, 4)
+        boxes = torch.empty(0, 4, dtype=torch.float32, device="cpu")
         while alive.any():
             turn = alive.nonzero()[: self._turn(), 0]
             alive[turn] = False
             before = len(boxes)
             logits = self._logits(candidates[turn], held)
             # A CPU takes no pixels but those of a mask's window, which other masks do not share.
-            for rows in torch.arange(len(turn)).split(1 if self.on_cpu else len(turn)):
+            for rows in torch.arange(len(turn), device="cpu").split(1 if self.on_cpu else len(turn)):
                 masks = self._exact_masks(candidates[turn[rows]], [logits[row] for row in rows], boxes)
                 found += [self._cleaned(mask).packed(self.image_size) for mask in masks]
-                boxes = torch.cat([boxes, torch.tensor([mask.box for mask in masks]).reshape(-1, 4)])
+                boxes = torch.cat([boxes, boxes.new_tensor([mask.box for mask in masks]).reshape(-1, 4)])
             if len(boxes) > before:
                 alive &= ~(_certain_iou(inner, outer, boxes[before:]) > self.options.nms_thresh).any(1)
         self.progress.step()
@@ -300,9 +304,9 @@ class _Crop:
         Beyond the window the logits are so far below it that interpolation, which overshoots next to larger values,
         hardly lifts them over it.
         """
-        scale = torch.tensor([self.size[1] / self.cells[1], self.size[0] / self.cells[0]] * 2)
-        outwards = torch.tensor([-1.0, -1.0, 1.0, 1.0])
-        origin, end = torch.tensor(self.box[:2] * 2), torch.tensor(self.box[2:] * 2) - 1
+        scale = _numbers([self.size[1] / self.cells[1], self.size[0] / self.cells[0]] * 2)
+        outwards = _numbers([-1, -1, 1, 1])
+        origin, end = _numbers(self.box[:2] * 2), _numbers(self.box[2:] * 2) - 1
         inner, outer = ((boxes + 0.5) * scale - 0.5 + origin for boxes in (candidates.cores, candidates.windows))
         return inner - outwards, (outer + outwards * (scale + 1)).clamp(origin, end)
 
@@ -324,14 +328,14 @@ class _Crop:
         full, corner = self._at_full_size(logits, candidates.windows)
         if self.cleaning:  # once more: what was one part of cells can be several of pixels
             clicks = [self._crop_point(index) for index in candidates.points.tolist()]
-            clicks = torch.tensor(clicks, device=full.device)[:, None] - torch.tensor(corner, device=full.device)
+            clicks = full.new_tensor(clicks)[:, None] - full.new_tensor(corner)
             labels = torch.ones(clicks.shape[:2], dtype=torch.long, device=full.device)
             full = clean_logits(full[:, None], self.cleaning, options.mask_threshold, clicks=clicks, labels=labels)[
                 :, 0
             ]
         outlines = _Outlines(full > options.mask_threshold)
-        in_crop = outlines.boxes + torch.tensor(corner * 2)
-        in_image = in_crop + torch.tensor(self.box[:2] * 2)
+        in_crop = outlines.boxes + _numbers(corner * 2, torch.long)
+        in_image = in_crop + _numbers(self.box[:2] * 2, torch.long)
         good = (outlines.areas > 0) & ~near_crop_edge(in_crop, self.box, self.image_size)
         good &= ~(box_iou(in_image, boxes) > options.nms_thresh).any(1)
         rows = good.nonzero()[:, 0]
@@ -404,6 +408,11 @@ class _Outlines:
         return self.masks[row, y0 : y1 + 1, x0 : x1 + 1].cpu().numpy()
 
 
+def _numbers(values: list, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Numbers as a tensor on the CPU, whatever the caller's defaults of torch are."""
+    return torch.tensor(values, dtype=dtype, device="cpu")
+
+
 def _certain_iou(inner: torch.Tensor, outer: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     """Lower limit of the IoU of boxes that lie between two, (K, 4) and (K, 4), with others, (M, 4): -> (K, M)."""
     corner0 = torch.maximum(inner[:, None, :2], boxes[:, :2])
@@ -418,11 +427,11 @@ def _result(masks: list[FoundMask], image_size: tuple[int, int], options: MaskGe
     masks = sorted(masks, key=lambda mask: -(mask.score if options.sort_by == "score" else mask.area))
     result = {
         "masks": [_encoded(mask, image_size, options.output_type) for mask in masks],
-        "scores": torch.tensor([mask.score for mask in masks], dtype=torch.float32),
-        "boxes": torch.tensor([mask.box for mask in masks], dtype=torch.long).reshape(-1, 4),
-        "areas": torch.tensor([mask.area for mask in masks], dtype=torch.long),
-        "points": torch.tensor([mask.point for mask in masks], dtype=torch.float32).reshape(-1, 2),
-        "stability_scores": torch.tensor([mask.stability for mask in masks], dtype=torch.float32),
+        "scores": _numbers([mask.score for mask in masks]),
+        "boxes": _numbers([mask.box for mask in masks], torch.long).reshape(-1, 4),
+        "areas": _numbers([mask.area for mask in masks], torch.long),
+        "points": _numbers([mask.point for mask in masks]).reshape(-1, 2),
+        "stability_scores": _numbers([mask.stability for mask in masks]),
     }
     if options.output_rle_mask:
         result["rle_mask"] = [_encoded(mask, image_size, "rle") for mask in masks]
@@ -487,11 +496,27 @@ class EfficientSamMaskGenerationPipeline(MaskGenerationPipeline):
 
 
 def download(url: str, seconds: float = DOWNLOAD_SECONDS) -> bytes:
-    """Fetch a URL within so many seconds without an answer; OSError that names it and the reason."""
+    """Fetch a picture's URL within so many seconds without an answer, ten times as many in all, and DOWNLOAD_BYTES.
+
+    Raises OSError that names it and the reason, also for what says that it is text, sound or a film.
+    """
     request = urllib.request.Request(url, headers={"User-Agent": "efficientsam-hf"})
+    end = time.monotonic() + 10 * seconds
+    content = bytearray()
     try:
         with urllib.request.urlopen(request, timeout=seconds) as response:
-            return response.read()
+            kind = response.headers.get("Content-Type", "image")
+            if kind.startswith(("text/", "audio/", "video/")):
+                raise OSError(f"it is {kind[:60]}, not a picture")
+            while block := response.read1(2**16):  # what has arrived: `read` would wait for all of it
+                content += block
+                if len(content) > DOWNLOAD_BYTES:
+                    raise OSError(f"it has more than {DOWNLOAD_BYTES:,} bytes")
+                if time.monotonic() > end:
+                    raise OSError(f"it is not here after {10 * seconds:g} seconds, but {len(content):,} bytes of it")
+            if response.length:
+                raise OSError(f"{response.length:,} bytes of it are missing")
+        return bytes(content)
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise OSError(f"cannot download {url}: {error}") from error
 

@@ -3,15 +3,16 @@
 
 import dataclasses
 import math
-import numbers
 from dataclasses import dataclass
 from typing import Any
 
+from .checks_efficientsam import is_number, is_whole, short
 from .mask_cleaning_efficientsam import MaskCleaning, changed_options
 
 
 OUTPUT_TYPES = ("bool", "rle", "coco_rle")
 SORTS = ("score", "area")
+MOST_POINTS = 1024  # per side of a grid: a million prompts
 
 
 @dataclass(frozen=True)
@@ -65,9 +66,10 @@ class MaskGenerationOptions:
     sort_by: str = "score"
 
     def __post_init__(self):
-        self._check("points_per_crop", _is_whole, lambda value: value >= 1, "a whole number of at least 1")
-        self._check("points_per_batch", _is_whole, lambda value: value >= 1, "a whole number of at least 1", none=True)
-        self._check("crops_n_layers", _is_whole, lambda value: value >= 0, "a whole number of at least 0")
+        self._check("points_per_crop", is_whole, lambda value: value >= 1, "a whole number of at least 1")
+        self._check("points_per_crop", is_whole, lambda value: value <= MOST_POINTS, f"at most {MOST_POINTS}")
+        self._check("points_per_batch", is_whole, lambda value: value >= 1, "a whole number of at least 1", none=True)
+        self._check("crops_n_layers", is_whole, lambda value: value >= 0, "a whole number of at least 0")
         for name in (
             "pred_iou_thresh",
             "stability_score_thresh",
@@ -76,13 +78,14 @@ class MaskGenerationOptions:
             "mask_nms_thresh",
         ):
             own = name in ("box_nms_thresh", "mask_nms_thresh")
-            self._check(name, _is_number, lambda value: 0 <= value <= 1, "a number from 0 to 1", none=own)
-        self._check("crop_overlap_ratio", _is_number, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-        self._check("crop_n_points_downscale_factor", _is_number, lambda value: value >= 1, "a number of at least 1")
-        self._check("mask_threshold", _is_number, math.isfinite, "a number")
-        self._check("stability_score_offset", _is_number, lambda value: 0 <= value < math.inf, "at least 0")
+            self._check(name, is_number, lambda value: 0 <= value <= 1, "a number from 0 to 1", none=own)
+        self._check("crop_overlap_ratio", is_number, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+        factor = "crop_n_points_downscale_factor"
+        self._check(factor, is_number, lambda value: 1 <= value <= MOST_POINTS, f"a number from 1 to {MOST_POINTS}")
+        self._check("mask_threshold", is_number, math.isfinite, "a number")
+        self._check("stability_score_offset", is_number, lambda value: 0 <= value < math.inf, "at least 0")
         for name in ("max_hole_area", "max_sprinkle_area"):
-            self._check(name, _is_number, lambda value: value >= 0, "at least 0", none=True)
+            self._check(name, is_number, lambda value: value >= 0, "at least 0", none=True)
         for name in ("output_rle_mask", "output_bboxes_mask"):
             self._check(name, lambda value: isinstance(value, bool), lambda value: True, "True or False")
         self.cleaning()
@@ -92,7 +95,7 @@ class MaskGenerationOptions:
     def _check(self, name: str, fits, accepts, expected: str, none: bool = False) -> None:
         value = getattr(self, name)
         if not (none and value is None) and not (fits(value) and accepts(value)):
-            raise ValueError(f"{name} must be {expected}, got {value!r}")
+            raise ValueError(f"{name} must be {expected}, got {short(value)}")
 
     def cleaning(self) -> MaskCleaning:
         """What is done to each mask, nothing where nothing is said; ValueError for a wrong value."""
@@ -112,14 +115,6 @@ class MaskGenerationOptions:
     def with_changes(self, changes: dict[str, Any]) -> "MaskGenerationOptions":
         """These options with others in their place; TypeError if one is unknown, ValueError if a value is wrong."""
         return changed_options(self, changes, "mask generation")
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _is_text(value: Any) -> bool:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .checks_efficientsam import short
+
 
 SMALLEST_CROP = 16  # pixels
 
@@ -20,10 +22,10 @@ def crop_boxes_of_layers(height: int, width: int, num_layers: int, overlap_ratio
     `overlap_ratio` is the overlap of the first layer as a part of the shorter side; later layers scale it down.
     Raises ValueError if the image is too small for so many layers.
     """
-    if num_layers and min(height, width) < SMALLEST_CROP * 2**num_layers:
+    if num_layers and min(height, width) >> num_layers < SMALLEST_CROP:
         raise ValueError(
-            f"crops_n_layers {num_layers} cuts each side of an image of {width} x {height} pixels into "
-            f"{2**num_layers} parts, which must be {SMALLEST_CROP} pixels or more"
+            f"crops_n_layers {short(num_layers)} cuts each side of an image of {width} x {height} pixels into "
+            f"2**{short(num_layers)} parts, which must be {SMALLEST_CROP} pixels or more"
         )
     boxes = [[0, 0, width, height]]
     for layer in range(1, num_layers + 1):
@@ -55,7 +57,7 @@ def grid_side(crop: int, points_per_crop: int, downscale_factor: float) -> int:
 
 def point_grid(points_per_side: int) -> torch.Tensor:
     """Centres of a grid's cells in the unit square, row by row: -> (points_per_side ** 2, 2), float32."""
-    steps = (torch.arange(points_per_side, dtype=torch.float32) + 0.5) / points_per_side
+    steps = (torch.arange(points_per_side, dtype=torch.float32, device="cpu") + 0.5) / points_per_side
     return torch.cartesian_prod(steps, steps).flip(-1)
 
 
@@ -67,14 +69,14 @@ def count_pixels(masks: torch.Tensor) -> torch.Tensor:
     """
     if masks.device.type != "cpu":
         return masks.flatten(1).sum(1)
-    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.long)
+    return torch.tensor([np.count_nonzero(mask) for mask in masks.numpy()], dtype=torch.long, device="cpu")
 
 
 def stability_scores(logits: torch.Tensor, mask_threshold: float, offset: float) -> torch.Tensor:
     """IoU of the masks cut at `mask_threshold` + and - `offset`: (M, H, W) -> (M), float32."""
     smaller = count_pixels(logits > mask_threshold + offset)
     larger = count_pixels(logits > mask_threshold - offset)
-    return smaller / larger.clamp(min=1)
+    return smaller.float() / larger.clamp(min=1)
 
 
 def masks_to_boxes(masks: torch.Tensor) -> torch.Tensor:
@@ -156,7 +158,7 @@ def non_maximum_suppression(boxes: torch.Tensor, scores: torch.Tensor, iou_thres
     """
     order = scores.float().argsort(descending=True, stable=True)
     ranked = boxes[order].cpu()
-    alive = torch.ones(len(order), dtype=torch.bool)
+    alive = torch.ones(len(order), dtype=torch.bool, device="cpu")
     for index in range(len(order)):
         if alive[index]:
             alive[index + 1 :] &= box_iou(ranked[index : index + 1], ranked[index + 1 :])[0] <= iou_threshold

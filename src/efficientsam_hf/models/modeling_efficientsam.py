@@ -22,6 +22,7 @@ from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .checks_efficientsam import LARGEST, check_finite, check_tensor, largest, short
 from .configuration_efficientsam import (
     EfficientSamConfig,
     EfficientSamMaskDecoderConfig,
@@ -34,12 +35,14 @@ from .modeling_efficientsam_vision import (
     EfficientSamVisionEncoder,
     EfficientSamVisionNeck,
     check_keyword_arguments,
+    check_pixels,
     eager_attention_forward,
     grid_size_of,
 )
 
 
 BOX_LOGIT = 8.0  # of a filled box; checkpoints are trained with it
+NO_PROMPT = "no prompt: expected at least one of input_points, input_boxes and input_masks"
 
 
 @dataclass
@@ -259,10 +262,11 @@ class EfficientSamAttention(nn.Module):
         return hidden_states.flatten(0, 1).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
 
     def _interface(self) -> Callable:
-        # Flash attention takes no padding mask for cross-attention, and with a dozen tokens of width 16 it has nothing
-        # to save: models loaded with it run their decoder in torch's own fused attention.
+        # Flash attention takes no padding mask for cross-attention, and flex attention with a mask corrupts memory on
+        # CPUs (torch 2.13). With a dozen tokens of width 16 neither has anything to save: models loaded with them run
+        # their decoder in torch's own fused attention.
         implementation = self.config._attn_implementation
-        if implementation is not None and "flash" in implementation:
+        if implementation is not None and ("flash" in implementation or "flex" in implementation):
             implementation = "sdpa"
         return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
 
@@ -283,7 +287,7 @@ class EfficientSamAttention(nn.Module):
         mask = None
         if key_mask is not None:  # (B, Q, S) -> (B * Q, 1, L, S), added to the attention scores
             mask = torch.zeros_like(key_mask, dtype=query.dtype).masked_fill(~key_mask, torch.finfo(query.dtype).min)
-            mask = mask.flatten(0, 1)[:, None, None].expand(-1, -1, length, -1)  # flex attention does not broadcast
+            mask = mask.flatten(0, 1)[:, None, None].expand(-1, -1, length, -1)
         attended, weights = self._interface()(
             self,
             self._split_heads(query),
@@ -537,11 +541,17 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         """Decode every mask token; arguments and errors are those of `forward`.
 
         Returns logits (B, Q, 4, 4h, 4w), predicted IoU (B, Q, 4) and which objects are real (B, Q). Mask 0 is the
-        answer for `multimask_output=False`, masks 1 to 3 are the three candidates. Within `torch.compile` the values
-        of labels are not checked; the processor has done that.
+        answer for `multimask_output=False`, masks 1 to 3 are the three candidates. Objects without a prompt, which pad
+        a batch, may be all there are. Within `torch.compile` and exported graphs the values of prompts are not
+        checked; the processor has done that.
         """
         check_keyword_arguments("decode_prompts", kwargs)
+        self._check_embeddings(image_embeddings)
         input_labels = self._check_prompts(image_embeddings, input_points, input_labels, input_boxes, input_masks)
+        return self._decode(image_embeddings, input_points, input_labels, input_boxes, input_masks, **kwargs)
+
+    def _decode(self, image_embeddings, input_points, input_labels, input_boxes, input_masks, **kwargs):
+        """What `decode_prompts` does once its arguments are checked and labels are there where points are."""
         image_embeddings = image_embeddings.to(self._compute_dtype(image_embeddings.device))
         height, width = image_embeddings.shape[2:]
         patch_size = self.config.vision_config.patch_size
@@ -555,7 +565,7 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
         image = image if dense is None else image + dense.to(image.dtype)
         positions = self.prompt_encoder.positional_encoding.grid(height, width).to(image.dtype)
         masks, iou_scores = self.mask_decoder(image, positions, prompt_tokens, prompt_mask, **kwargs)
-        return masks, iou_scores, _real_objects(input_labels, input_boxes, input_masks)
+        return masks, iou_scores, real_objects(input_labels, input_boxes, input_masks)
 
     def _compute_dtype(self, device: torch.device) -> torch.dtype:
         """Dtype of the decoder's tokens: autocast's where it is on, else the weights'."""
@@ -602,23 +612,27 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
                 Ignored; the processor returns them for post-processing.
 
         Raises:
-            TypeError: on an unknown keyword argument.
-            ValueError: if the prompts or images are missing, contradict each other in shape, or ask for what this
-                checkpoint does not know.
+            TypeError: on an unknown keyword argument, and for what is no tensor.
+            ValueError: if the prompts or images are missing, not finite, contradict each other in shape, or ask for
+                what this checkpoint does not know.
         """
         check_keyword_arguments(type(self).__name__, kwargs)
         if (pixel_values is None) == (image_embeddings is None):
             raise ValueError("expected exactly one of pixel_values and image_embeddings")
+        prompts = (input_points, input_labels, input_boxes, input_masks)
         vision_outputs = None
-        if pixel_values is not None:
-            if pixel_values.ndim == 4:  # every 16th pixel: the shape of the embeddings, before the encoder's work
-                every = self.config.vision_config.patch_size
-                grid = pixel_values[:, :, ::every, ::every]
-                self._check_prompts(grid, input_points, input_labels, input_boxes, input_masks)
+        if pixel_values is None:
+            self._check_embeddings(image_embeddings)
+            input_labels = self._check_prompts(image_embeddings, *prompts, needed=True)
+        else:
+            every = self.config.vision_config.patch_size
+            check_pixels(pixel_values, self.config.vision_config.num_channels, every)
+            # Every 16th pixel has the shape of the embeddings, before the encoder's work.
+            input_labels = self._check_prompts(pixel_values[:, :, ::every, ::every], *prompts, needed=True)
             vision_outputs = self.vision_encoder(pixel_values, **kwargs)
             grid_size = grid_size_of(pixel_values, self.config.vision_config.patch_size)
             image_embeddings = self.neck(vision_outputs.last_hidden_state, grid_size)
-        masks, iou_scores, object_mask = self.decode_prompts(
+        masks, iou_scores, object_mask = self._decode(
             image_embeddings, input_points, input_labels, input_boxes, input_masks, **kwargs
         )
         chosen = slice(1, None) if multimask_output else slice(0, 1)
@@ -641,35 +655,85 @@ class EfficientSamModel(EfficientSamPreTrainedModel):
             self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), "AutoModel": class_path}
         super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _check_prompts(self, image_embeddings, input_points, input_labels, input_boxes, input_masks):
-        """Raise on prompts that do not fit the images, each other or the checkpoint; return the labels."""
+    def _check_embeddings(self, image_embeddings: torch.Tensor) -> None:
+        check_tensor("image_embeddings", image_embeddings, "(images, C, h, w)")
+        channels = self.config.prompt_encoder_config.hidden_size
+        if image_embeddings.ndim != 4 or image_embeddings.shape[1] != channels:
+            raise ValueError(
+                f"image_embeddings has shape {tuple(image_embeddings.shape)}, expected (images, {channels}, h, w)"
+            )
+
+    def _check_prompts(
+        self, images, input_points, input_labels, input_boxes, input_masks, needed: bool = False
+    ) -> torch.Tensor | None:
+        """Raise on prompts that do not fit the images, each other or the checkpoint; return the labels.
+
+        `images` is any tensor (B, ..., h, w) of theirs. With `needed` one object at least must have a prompt.
+        """
         if input_points is None and input_boxes is None and input_masks is None:
-            raise ValueError("no prompt: expected at least one of input_points, input_boxes and input_masks")
-        _check_prompt_shapes(image_embeddings, input_points, input_labels, input_boxes, input_masks)
+            raise ValueError(NO_PROMPT)
+        _check_prompt_shapes(images, input_points, input_labels, input_boxes, input_masks)
         config = self.config.prompt_encoder_config
         if input_masks is not None and not config.mask_prompts:
             raise ValueError("input_masks is given, but this checkpoint takes no mask prompts (mask_prompts is off)")
-        if input_points is None:
-            return None
-        if input_labels is None:
-            return torch.ones(input_points.shape[:3], dtype=torch.long, device=input_points.device)
-        if not torch.compiler.is_compiling():  # reading values breaks a compiled graph
-            found = set(input_labels.unique().tolist())
-            if not found <= {-1, 0, 1}:
-                raise ValueError(
-                    f"input_labels holds {sorted(found)}, expected 1 (object), 0 (background) or -1 (padding)"
-                )
-            if 0 in found and not config.background_points:
-                raise ValueError(
-                    "input_labels has a 0, but this checkpoint knows no background points (background_points is off)"
-                )
+        # Reading values makes a program wait for its device. In training without labels it would wait for this alone:
+        # there the loss tells what is not finite. Masks are the model's own answers there, which may overflow for a
+        # step in half precision.
+        learns = self.training and torch.is_grad_enabled()
+        is_read = _can_be_read(images) and not (learns and input_labels is None and images.device.type != "cpu")
+        if input_points is not None and input_labels is None:
+            input_labels = torch.ones(input_points.shape[:3], dtype=torch.long, device=input_points.device)
+        if is_read:
+            judged = {"input_points": input_points, "input_boxes": input_boxes}
+            judged |= {} if learns else {"input_masks": input_masks}
+            prompted = real_objects(input_labels, input_boxes, input_masks) if needed else None
+            _check_prompt_values(judged, input_labels, prompted, config.background_points)
         return input_labels
 
 
-def _check_prompt_shapes(image_embeddings, input_points, input_labels, input_boxes, input_masks) -> None:
-    if image_embeddings.ndim != 4:
-        raise ValueError(f"image_embeddings has shape {tuple(image_embeddings.shape)}, expected (images, C, h, w)")
-    batch_size, _, height, width = image_embeddings.shape
+def _can_be_read(tensor: torch.Tensor) -> bool:
+    """Whether a program may look at values: not while torch records it, nor where there are none."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or tensor.is_meta:
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def _check_prompt_values(
+    prompts: dict[str, torch.Tensor | None],
+    input_labels: torch.Tensor | None,
+    prompted: torch.Tensor | None,
+    background_points: bool,
+) -> None:
+    """Raise on values that no prompt has; what must be known of them is read from the device at once.
+
+    `prompts` are those that must be finite, `prompted` (B, Q) says which objects have one, where one at least must.
+    """
+    given = {name: value for name, value in prompts.items() if value is not None}
+    found = {name: largest(value) for name, value in given.items()}
+    if input_labels is not None:
+        background = input_labels == 0
+        found["background"] = background.any()
+        found["known"] = (background | (input_labels == 1) | (input_labels == -1)).all()
+    if prompted is not None:
+        found["prompted"] = prompted.any()
+    read = torch.stack([value.float() for value in found.values()]).tolist() if found else []
+    found = dict(zip(found, read, strict=True))
+    if not found.get("known", True):
+        values = short(sorted(set(input_labels.unique().tolist())))
+        raise ValueError(f"input_labels holds {values}, expected 1 (object), 0 (background) or -1 (padding)")
+    if found.get("background") and not background_points:
+        raise ValueError(
+            "input_labels has a 0, but this checkpoint knows no background points (background_points is off)"
+        )
+    for name, value in given.items():
+        if not found[name] <= LARGEST:  # where points only pad, values do not matter
+            check_finite(name, value, ("image", "object"), input_labels == -1 if name == "input_points" else None)
+    if not found.get("prompted", True):
+        raise ValueError(f"{NO_PROMPT} for an object, found nothing but padding")
+
+
+def _check_prompt_shapes(images, input_points, input_labels, input_boxes, input_masks) -> None:
+    batch_size, (height, width) = images.shape[0], images.shape[2:]
     shapes = {
         "input_points": (input_points, 4, "(images, objects, points, 2)"),
         "input_labels": (input_labels, 3, "(images, objects, points)"),
@@ -679,6 +743,7 @@ def _check_prompt_shapes(image_embeddings, input_points, input_labels, input_box
     given = {name: value for name, (value, _, _) in shapes.items() if value is not None}
     for name, value in given.items():
         _, ndim, expected = shapes[name]
+        check_tensor(name, value, expected)
         tail = {"input_points": (2,), "input_boxes": (4,), "input_masks": (1, 4 * height, 4 * width)}.get(name, ())
         if value.ndim != ndim or tuple(value.shape[ndim - len(tail) :]) != tail:
             raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {expected}")
@@ -691,14 +756,16 @@ def _check_prompt_shapes(image_embeddings, input_points, input_labels, input_box
             f"input_labels has shape {tuple(input_labels.shape)}, expected that of the points, "
             f"{tuple(input_points.shape[:3])}"
         )
+    # One by one: in an exported graph they are symbols, which a set cannot hold.
     counts = {name: value.shape[1] for name, value in given.items()}
-    if len(set(counts.values())) > 1:
+    first = next(iter(counts.values()))
+    if any(count != first for count in counts.values()):
         raise ValueError(f"prompts disagree on the number of objects an image: {counts}")
-    if 0 in counts.values():
+    if first == 0:
         raise ValueError(f"no prompt: there is no object in {sorted(counts)}")
 
 
-def _real_objects(input_labels, input_boxes, input_masks) -> torch.Tensor:
+def real_objects(input_labels, input_boxes, input_masks) -> torch.Tensor:
     """Which objects have any prompt and do not only pad the batch: -> (B, Q) bool."""
     signs = []
     if input_labels is not None:

@@ -21,6 +21,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .checks_efficientsam import check_tensor
 from .configuration_efficientsam import EfficientSamConfig, EfficientSamVisionConfig
 
 
@@ -30,7 +31,7 @@ def _warm_up_elementwise_kernels() -> None:
     The first multi-threaded call of one of them in a process may answer with low precision (3e-4) in one thread's
     share (pytorch#188792); a single-threaded call beforehand avoids it.
     """
-    one = torch.ones(1)
+    one = torch.ones(1, dtype=torch.float32, device="cpu")
     for function in (torch.sqrt, torch.exp, torch.log, torch.sin, torch.cos, torch.tanh, torch.erf, torch.rsqrt):
         function(one)
     F.gelu(one)
@@ -87,13 +88,7 @@ class EfficientSamVisionEmbeddings(nn.Module):
         return table.flatten(2).transpose(1, 2)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (B, {self.num_channels}, H, W)"
-            )
-        height, width = pixel_values.shape[2:]
-        if height % self.patch_size or width % self.patch_size or not height or not width:
-            raise ValueError(f"pixel_values is {height} x {width} pixels, expected multiples of {self.patch_size}")
+        check_pixels(pixel_values, self.num_channels, self.patch_size)
         patches = self.projection(pixel_values.to(self.projection.weight.dtype))
         positions = self.resized_positions(*patches.shape[2:]).to(patches.dtype)
         # A sum keeps the layout of its terms: without this all layers would add to tokens that lie channel by channel.
@@ -189,7 +184,7 @@ class EfficientSamPositionalEncoding(nn.Module):
 
     def __init__(self, hidden_size: int):
         super().__init__()
-        self.gaussian_matrix = nn.Buffer(torch.zeros(2, hidden_size // 2))
+        self.gaussian_matrix = nn.Buffer(torch.zeros(2, hidden_size // 2, dtype=torch.float32))
 
     def _apply(self, fn, recurse=True):
         exact = self.gaussian_matrix
@@ -210,6 +205,17 @@ class EfficientSamPositionalEncoding(nn.Module):
         y = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / height
         x = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / width
         return self(torch.stack([x.expand(height, width), y[:, None].expand(height, width)], dim=-1)).flatten(0, 1)
+
+
+def check_pixels(pixel_values: torch.Tensor, channels: int, patch_size: int) -> None:
+    """TypeError or ValueError unless these are images (B, channels, H, W) that patches divide."""
+    expected = f"(B, {channels}, H, W)"
+    check_tensor("pixel_values", pixel_values, expected)
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+        raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}, expected {expected}")
+    height, width = pixel_values.shape[2:]
+    if height % patch_size or width % patch_size or not height or not width:
+        raise ValueError(f"pixel_values is {height} x {width} pixels, expected multiples of {patch_size}")
 
 
 def grid_size_of(pixel_values: torch.Tensor, patch_size: int) -> tuple[int, int]:

@@ -239,7 +239,8 @@ class SamiForPreTraining(EfficientSamPreTrainedModel):
         """
         check_keyword_arguments(type(self).__name__, kwargs)
         patches = self.vision_encoder.embeddings(pixel_values)
-        noise = torch.rand(patches.shape[:2], device=patches.device) if noise is None else noise
+        if noise is None:
+            noise = torch.rand(patches.shape[:2], dtype=torch.float32, device=patches.device)
         self._check_shapes(patches, target_features, noise)
         visible_ids, ids_restore, mask = shuffle_patches(noise, self.config.num_visible(patches.shape[1]))
         encoded = self._encode(take_tokens(patches, visible_ids), **kwargs)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts in pixels of the original images to prompts in model pixels, for EfficientSAM."""
 
-import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -9,8 +9,12 @@ import torch
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import ProcessorMixin
 
+from .checks_efficientsam import LARGEST, as_tensor, check_bool, check_choice, check_whole, image_sizes, largest, short
+
 
 COORDINATE_KEYS = ("input_points", "input_boxes")
+LARGEST_FLOAT = sys.float_info.max
+DEEPEST = 8  # lists in each other, more than any prompt has
 
 
 class EfficientSamBatchFeature(BatchFeature):
@@ -49,6 +53,10 @@ class EfficientSamProcessor(ProcessorMixin):
         **kwargs,
     ):
         super().__init__(image_processor, **kwargs)
+        check_bool("background_points", background_points)
+        check_bool("mask_prompts", mask_prompts)
+        if max_prompt_tokens is not None:
+            check_whole("max_prompt_tokens", max_prompt_tokens, 1, 10**6)
         self.background_points = background_points
         self.mask_prompts = mask_prompts
         self.max_prompt_tokens = max_prompt_tokens
@@ -112,6 +120,7 @@ class EfficientSamProcessor(ProcessorMixin):
                 message names the image, the object and the value.
             TypeError: on an unknown keyword argument.
         """
+        check_choice("return_tensors", return_tensors, ("pt", "np", None))
         if (images is None) == (original_sizes is None):
             raise ValueError("expected exactly one of images and original_sizes")
         encoding = {}
@@ -120,10 +129,10 @@ class EfficientSamProcessor(ProcessorMixin):
             original_sizes = encoding["original_sizes"]
         elif kwargs:
             raise TypeError(f"unexpected keyword argument {sorted(kwargs)[0]!r} without images")
-        sizes = _size_tuples(original_sizes)
+        sizes = image_sizes(original_sizes, "original_sizes")
         default = (self.image_processor.size["height"], self.image_processor.size["width"])
         # `size` and `do_resize` may be overridden in this call, so the images say what the model will see.
-        targets = _size_tuples(encoding.get("reshaped_input_sizes", [default] * len(sizes)))
+        targets = image_sizes(encoding.get("reshaped_input_sizes", [default] * len(sizes)), "reshaped_input_sizes")
         prompts = self._encode_prompts(sizes, targets, input_points, input_labels, input_boxes, input_masks)
         if return_tensors != "pt":
             prompts = {key: value.numpy() for key, value in prompts.items()}
@@ -133,7 +142,7 @@ class EfficientSamProcessor(ProcessorMixin):
         self, sizes, targets, input_points, input_labels, input_boxes, input_masks
     ) -> dict[str, torch.Tensor]:
         """Prompts in pixels of images of `sizes` -> padded tensors in pixels of `targets`, both (height, width)."""
-        mask_size = (targets[0][0] // 4, targets[0][1] // 4) if targets else (0, 0)
+        mask_size = (targets[0][0] // 4, targets[0][1] // 4)
         points, labels = parse_points(input_points, input_labels)
         boxes = parse_boxes(input_boxes)
         masks = parse_masks(input_masks, mask_size)
@@ -189,17 +198,14 @@ class EfficientSamProcessor(ProcessorMixin):
         return self.image_processor.post_process_masks(*args, **kwargs)
 
 
-def _size_tuples(sizes: Any) -> list[tuple[int, int]]:
-    """Lists, arrays or tensors of (height, width) to tuples of integers."""
-    return [tuple(int(side) for side in size) for size in sizes]
-
-
-def _plain(value: Any) -> Any:
+def _plain(value: Any, name: str, depth: int = 0) -> Any:
     """Arrays, tensors and numpy's scalars, also inside lists, to nested lists and Python's numbers."""
     if isinstance(value, (np.ndarray, np.generic, torch.Tensor)):
         return value.tolist()
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        if depth == DEEPEST:
+            raise ValueError(f"{name} is nested more than {DEEPEST} deep, expected (image, object, ...)")
+        return [_plain(item, name, depth + 1) for item in value]
     return value
 
 
@@ -213,14 +219,19 @@ def _depth(value: Any) -> int:
 def _numbers(values: Any, length: int, name: str, place: str) -> list[float]:
     """Check that `values` are `length` finite numbers."""
     fits = isinstance(values, list) and len(values) == length
-    if not fits or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values):
-        raise ValueError(f"{name} of {place}: {values} is not {length} finite numbers")
+    if not fits or not all(_is_finite(value) for value in values):
+        raise ValueError(f"{name} of {place}: {short(values)} is not {length} finite numbers")
     return [float(value) for value in values]
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether this is a finite number of Python, and no bool; an integer of hundreds of digits is none."""
+    return isinstance(value, (int, float)) and value is not True and value is not False and abs(value) <= LARGEST_FLOAT
 
 
 def _objects_of(value: Any, name: str) -> list[list]:
     if not isinstance(value, list) or not all(isinstance(objects, list) for objects in value):
-        raise ValueError(f"{name} must be nested (image, object, ...), got {value!r}")
+        raise ValueError(f"{name} must be nested (image, object, ...), got {short(value)}")
     return value
 
 
@@ -234,7 +245,7 @@ def parse_points(input_points: Any, input_labels: Any) -> tuple[list | None, lis
         if input_labels is not None:
             raise ValueError("input_labels is given without input_points")
         return None, None
-    points, labels = _plain(input_points), _plain(input_labels)
+    points, labels = _plain(input_points, "input_points"), _plain(input_labels, "input_labels")
     depth = _depth(points)
     if depth == 3 and _has_numbers(points):  # one object an image
         points = [[image_points] for image_points in points]
@@ -248,7 +259,7 @@ def parse_points(input_points: Any, input_labels: Any) -> tuple[list | None, lis
         for index, object_points in enumerate(objects):
             place = f"image {image}, object {index}"
             if not isinstance(object_points, list):
-                raise ValueError(f"input_points of {place}: {object_points!r} is not a list of points")
+                raise ValueError(f"input_points of {place}: {short(object_points)} is not a list of points")
             parsed[-1].append([_numbers(point, 2, "input_points", place) for point in object_points])
     if labels is None:
         return parsed, [[[1] * len(object_points) for object_points in objects] for objects in parsed]
@@ -267,13 +278,16 @@ def _check_labels(points: list, labels: Any) -> None:
     except TypeError:
         found = None
     if found != expected:
-        raise ValueError(f"input_labels must be nested as the points: {expected} points an object, got {labels}")
+        raise ValueError(
+            f"input_labels must be nested as the points: {short(expected)} points an object, got {short(labels)}"
+        )
     for image, objects in enumerate(labels):
         for index, object_labels in enumerate(objects):
             for label in object_labels:
-                if isinstance(label, list) or label not in (0, 1):
+                if not isinstance(label, (int, float)) or label not in (0, 1):
                     raise ValueError(
-                        f"input_labels of image {image}, object {index}: {label} is not 1 (object) or 0 (background)"
+                        f"input_labels of image {image}, object {index}: {short(label)} is not 1 (object) or 0 "
+                        "(background); leave padding out"
                     )
 
 
@@ -298,7 +312,7 @@ def parse_boxes(input_boxes: Any) -> list | None:
     if input_boxes is None:
         return None
     parsed = []
-    for image, boxes in enumerate(_objects_of(_plain(input_boxes), "input_boxes")):
+    for image, boxes in enumerate(_objects_of(_plain(input_boxes, "input_boxes"), "input_boxes")):
         parsed.append([])
         for index, box in enumerate(boxes):
             place = f"image {image}, object {index}"
@@ -318,9 +332,9 @@ def clipped_boxes(boxes: list, sizes: list[tuple[int, int]]) -> list:
             place = f"input_boxes of image {image}, object {index}"
             x0, y0, x1, y1 = box
             if x1 <= x0 or y1 <= y0:
-                raise ValueError(f"{place}: {box} is empty, expected x0 < x1 and y0 < y1")
+                raise ValueError(f"{place}: {short(box)} is empty, expected x0 < x1 and y0 < y1")
             if x0 >= width or y0 >= height or x1 <= 0 or y1 <= 0:
-                raise ValueError(f"{place}: {box} is outside the image of {width} x {height} pixels")
+                raise ValueError(f"{place}: {short(box)} is outside the image of {width} x {height} pixels")
             result[-1].append([max(x0, 0.0), max(y0, 0.0), min(x1, float(width)), min(y1, float(height))])
     return result
 
@@ -333,9 +347,8 @@ def parse_masks(input_masks: Any, size: tuple[int, int]) -> list | None:
     """
     if input_masks is None:
         return None
-    nested = isinstance(input_masks, (list, tuple, np.ndarray, torch.Tensor))
-    if not nested or any(masks is None or isinstance(masks, (int, float)) for masks in input_masks):
-        raise ValueError(f"input_masks must be nested (image, object, 1, h, w), got {input_masks!r}")
+    if not _is_nested(input_masks) or not all(_is_nested(masks) for masks in input_masks):
+        raise ValueError(f"input_masks must be nested (image, object, 1, h, w), got {short(input_masks)}")
     parsed = []
     for image, masks in enumerate(input_masks):
         parsed.append([])
@@ -343,47 +356,53 @@ def parse_masks(input_masks: Any, size: tuple[int, int]) -> list | None:
             if mask is None:
                 parsed[-1].append(None)
                 continue
-            mask = torch.as_tensor(mask, dtype=torch.float32)
-            mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
             place = f"input_masks of image {image}, object {index}"
+            mask = as_tensor(place, mask, "(1, h, w)").to(torch.float32)
+            mask = mask[0] if mask.ndim == 3 and len(mask) == 1 else mask
             if tuple(mask.shape) != size:
                 raise ValueError(f"{place} has shape {tuple(mask.shape)}, expected low-resolution logits {size}")
-            if not torch.isfinite(mask).all():
-                raise ValueError(f"{place} holds values that are not finite")
+            if not float(largest(mask)) <= LARGEST:
+                raise ValueError(f"{place} holds values that are not finite, or of more than {LARGEST:g}")
             parsed[-1].append(mask)
     return parsed
+
+
+def _is_nested(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) or (isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim > 0)
 
 
 def pad_points(points: list, labels: list, scales: list[tuple[float, float]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and pad: nested lists -> (B, Q, P, 2) float32 in model pixels, (B, Q, P) int64, padding -1."""
     num_objects = max(len(objects) for objects in points)
     num_points = max((len(object_points) for objects in points for object_points in objects), default=0)
-    padded = torch.full((len(points), num_objects, num_points, 2), -1.0)
-    padded_labels = torch.full((len(points), num_objects, num_points), -1, dtype=torch.long)
+    padded = torch.full((len(points), num_objects, num_points, 2), -1, dtype=torch.float32, device="cpu")
+    padded_labels = torch.full((len(points), num_objects, num_points), -1, dtype=torch.long, device="cpu")
     for image, objects in enumerate(points):
-        scale = torch.tensor(scales[image], dtype=torch.float64)
+        scale = np.array(scales[image])
         for index, object_points in enumerate(objects):
             if object_points:
-                scaled = torch.tensor(object_points, dtype=torch.float64) * scale
+                scaled = torch.from_numpy(np.array(object_points) * scale)
                 padded[image, index, : len(object_points)] = scaled.float()
-                padded_labels[image, index, : len(object_points)] = torch.tensor(labels[image][index]).long()
+                padded_labels[image, index, : len(object_points)] = torch.from_numpy(np.array(labels[image][index]))
     return padded, padded_labels
 
 
 def pad_boxes(boxes: list, scales: list[tuple[float, float]]) -> torch.Tensor:
     """Scale and pad: nested lists -> (B, Q, 4) float32 in model pixels, four times -1 where there is no box."""
-    padded = torch.full((len(boxes), max(len(objects) for objects in boxes), 4), -1.0)
+    most = max(len(objects) for objects in boxes)
+    padded = torch.full((len(boxes), most, 4), -1, dtype=torch.float32, device="cpu")
     for image, objects in enumerate(boxes):
-        scale = torch.tensor(scales[image] * 2, dtype=torch.float64)
+        scale = np.array(scales[image] * 2)
         for index, box in enumerate(objects):
             if box is not None:
-                padded[image, index] = (torch.tensor(box, dtype=torch.float64) * scale).float()
+                padded[image, index] = torch.from_numpy(np.array(box) * scale).float()
     return padded
 
 
 def pad_masks(masks: list, size: tuple[int, int]) -> torch.Tensor:
     """Stack and pad: nested lists of (h, w) -> (B, Q, 1, h, w) float32, zeros where there is no mask."""
-    padded = torch.zeros(len(masks), max(len(objects) for objects in masks), 1, *size)
+    shape = (len(masks), max(len(objects) for objects in masks), 1, *size)
+    padded = torch.zeros(shape, dtype=torch.float32, device="cpu")
     for image, objects in enumerate(masks):
         for index, mask in enumerate(objects):
             if mask is not None:

@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from .checks_efficientsam import is_whole, short
+
 
 FIRST_CHARACTER = 48
 MAX_GROUPS = 8  # 40 bits, more than any picture's pixel count needs
+MOST_PIXELS = 2**32  # of a mask that is expanded, a byte each
 
 
 def encode_rle(mask: np.ndarray) -> dict[str, Any]:
@@ -29,6 +32,8 @@ def compress_counts(counts: np.ndarray, size: tuple[int, int]) -> dict[str, Any]
 def decode_rle(rle: dict[str, Any]) -> np.ndarray:
     """Expand {"size": [H, W], "counts": str, bytes or list of runs} -> (H, W) bool; `ValueError` if malformed."""
     height, width = rle_size(rle)
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"RLE size {height} x {width} is more than {MOST_PIXELS:,} pixels, too many to expand")
     counts = rle_counts(rle)
     values = np.arange(len(counts)) % 2 == 1
     return np.repeat(values, counts).reshape(width, height).T
@@ -46,14 +51,32 @@ def rle_area(rle: dict[str, Any]) -> int:
     return int(rle_counts(rle)[1::2].sum())
 
 
+def rle_box(rle: dict[str, Any]) -> list[int]:
+    """Tight box of the mask, [x, y, width, height], without expanding it; zeros if empty, `ValueError` if malformed."""
+    height, _ = rle_size(rle)
+    ends = rle_counts(rle).cumsum()
+    first, last = ends[:-1:2], ends[1::2] - 1
+    first, last = first[last >= first], last[last >= first]
+    if not len(first):
+        return [0, 0, 0, 0]
+    left, right = int(first[0]) // height, int(last[-1]) // height
+    top, bottom = int((first % height).min()), int((last % height).max())
+    if (first // height != last // height).any():  # a run that goes on in the next column
+        top, bottom = 0, height - 1
+    return [left, top, right + 1 - left, bottom + 1 - top]
+
+
 def rle_size(rle: dict[str, Any]) -> tuple[int, int]:
     """Height and width of the mask; `ValueError` unless they are two positive whole numbers."""
     if not isinstance(rle, dict) or "size" not in rle or "counts" not in rle:
-        raise ValueError(f"an RLE mask must be a dict with 'size' and 'counts', got {_short(rle)}")
+        raise ValueError(f"an RLE mask must be a dict with 'size' and 'counts', got {short(rle)}")
     size = rle["size"]
-    whole = isinstance(size, (list, tuple)) and all(isinstance(n, (int, np.integer)) and n > 0 for n in size)
-    if not whole or len(size) != 2:
-        raise ValueError(f"RLE size must be [height, width], two positive whole numbers, got {_short(size)}")
+    whole = isinstance(size, (list, tuple)) and all(is_whole(n) and n > 0 for n in size)
+    if not whole or len(size) != 2 or int(size[0]) * int(size[1]) >= 2 ** (5 * MAX_GROUPS):
+        raise ValueError(
+            f"RLE size must be [height, width], two positive whole numbers of less than 2**{5 * MAX_GROUPS} pixels, "
+            f"got {short(size)}"
+        )
     return int(size[0]), int(size[1])
 
 
@@ -68,16 +91,21 @@ def rle_counts(rle: dict[str, Any]) -> np.ndarray:
     if (runs < 0).any() or (runs > height * width).any() or runs.sum() != height * width:
         raise ValueError(
             f"RLE counts must be runs that add up to {height} x {width} = {height * width} pixels,"
-            f" got {_short(runs.tolist())}"
+            f" got {short(runs.tolist())}"
         )
     return runs
 
 
 def mask_to_counts(mask: np.ndarray) -> np.ndarray:
     """Run lengths down the columns, (H, W) bool -> (R,) int64, background first; `ValueError` if it is no mask."""
-    mask = np.asarray(mask)
+    try:
+        mask = np.asarray(mask)
+    except (ValueError, TypeError, RuntimeError) as error:  # ragged lists; tensors on a GPU or with gradients
+        raise ValueError(f"mask must be an array (height, width), got {short(mask)}: {error}") from error
     if mask.ndim != 2 or mask.size == 0:
         raise ValueError(f"mask must have shape (height, width) with at least one pixel, got shape {mask.shape}")
+    if mask.dtype.kind not in "biuf":
+        raise ValueError(f"mask must hold only 0 and 1, got {mask.dtype}")
     if mask.dtype != bool:
         if not ((mask == 0) | (mask == 1)).all():
             raise ValueError(f"mask must hold only 0 and 1, got {mask.dtype} from {mask.min()} to {mask.max()}")
@@ -151,15 +179,15 @@ def _string_to_counts(text: str | bytes) -> np.ndarray:
     try:
         data = text.encode("ascii") if isinstance(text, str) else text
     except UnicodeEncodeError as error:
-        raise ValueError(f"RLE counts must be ASCII text, got {_short(text)}") from error
+        raise ValueError(f"RLE counts must be ASCII text, got {short(text)}") from error
     groups = np.frombuffer(data, np.uint8).astype(np.int64) - FIRST_CHARACTER
     last = np.flatnonzero((groups & 32) == 0)
     if groups.size == 0 or groups.min() < 0 or groups.max() > 63 or last.size == 0 or last[-1] != groups.size - 1:
-        raise ValueError(f"RLE counts are not a complete COCO string: {_short(text)}")
+        raise ValueError(f"RLE counts are not a complete COCO string: {short(text)}")
     first = np.concatenate(([0], last[:-1] + 1))
     lengths = last - first + 1
     if lengths.max() > MAX_GROUPS:
-        raise ValueError(f"RLE counts hold a number of more than {5 * MAX_GROUPS} bits: {_short(text)}")
+        raise ValueError(f"RLE counts hold a number of more than {5 * MAX_GROUPS} bits: {short(text)}")
     position = np.arange(groups.size) - np.repeat(first, lengths)
     numbers = np.add.reduceat((groups & 31) << (5 * position), first)
     numbers -= np.where(groups[last] & 16, 1 << (5 * lengths), 0)
@@ -173,13 +201,7 @@ def _list_to_counts(counts: Sequence[int]) -> np.ndarray:
     try:
         runs = np.asarray(counts)
     except ValueError as error:
-        raise ValueError(f"RLE counts must be a flat list of whole numbers, got {_short(counts)}") from error
+        raise ValueError(f"RLE counts must be a flat list of whole numbers, got {short(counts)}") from error
     if runs.ndim != 1 or runs.size == 0 or runs.dtype.kind not in "iu":
-        raise ValueError(f"RLE counts must be a string or a flat list of whole numbers, got {_short(counts)}")
+        raise ValueError(f"RLE counts must be a string or a flat list of whole numbers, got {short(counts)}")
     return runs.astype(np.int64)
-
-
-def _short(value: Any) -> str:
-    """The start of a value's text, for error messages."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
