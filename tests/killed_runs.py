@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kill a run at chosen moments, go on with it, and tell how it ended: python killed_runs.py FOLDER.
+"""Kill a run at chosen or random moments, go on with it, and tell how it ended: python killed_runs.py FOLDER [COUNT].
 
 A process of its own, because it forks: torch is imported once for all the runs, and a forked one dies alone.
 """
 
+import contextlib
 import json
 import os
+import random
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -17,6 +20,7 @@ from pathlib import Path
 import torch
 from test_trainer import batches, train, weights
 
+from efficientsam_hf.training import run_state
 from efficientsam_hf.training.ema import WeightAverage
 from efficientsam_hf.training.trainer import Trainer
 
@@ -47,15 +51,15 @@ def kill_before_file_operation(number: int, folder: Path) -> None:
 
 def kill_in_half_a_file(folder: Path) -> None:
     """Die when the optimizer's state of step 4 is half written."""
-    save = torch.save
+    save = run_state.save_tree
 
-    def save_half(content: object, path: object, *args: object, **kwargs: object) -> None:
-        save(content, path, *args, **kwargs)
+    def save_half(path: Path, tree: object) -> None:
+        save(path, tree)
         if "step_4" in str(path) and "optimizer" in str(path):
-            os.truncate(str(path), Path(str(path)).stat().st_size // 2)
+            os.truncate(path, path.stat().st_size // 2)
             die()
 
-    torch.save = save_half
+    run_state.save_tree = save_half
 
 
 def kill_between_gradients_and_step(folder: Path) -> None:
@@ -137,11 +141,44 @@ def attempt(folder: Path, arm: Callable[[Path], None]) -> dict | None:
     return describe(folder)
 
 
-def main(root: Path) -> None:
-    """Print as JSON how an undisturbed run ends, and what differs in which killed one."""
+def at_random_moments(folder: Path, count: int, seconds: float) -> Iterator[tuple[str, dict]]:
+    """Kill `count` runs from outside, each at a moment of its own, half of them again while they go on."""
+    generator = random.Random(0)
+    for number in range(count):
+        shutil.rmtree(folder, ignore_errors=True)
+        moments = [generator.uniform(0, seconds) for _ in range(1 + number % 2)]
+        for moment in moments:
+            kill_after(moment, lambda: go_on(folder))
+        in_a_child(lambda: go_on(folder))
+        yield f"random {number}: {', '.join(f'{moment:.3f} s' for moment in moments)}", describe(folder)
+
+
+def kill_after(seconds: float, work: Callable[[], object]) -> None:
+    """Do it in a forked process that is killed after so long, or has ended before."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            work()
+        os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def main(root: Path, count: int = 0) -> None:
+    """Print as JSON how an undisturbed run ends, and what differs in which killed one; `count` at random moments."""
     torch.set_num_threads(1)  # a forked process has no other
+    begin = time.monotonic()
     in_a_child(lambda: run(root / "whole"))
+    seconds = time.monotonic() - begin
     whole = describe(root / "whole")
+    attempts = dict(at_random_moments(root / "killed", count, seconds)) if count else all_attempts(root)
+    wrong = {name: outcome for name, outcome in attempts.items() if outcome != whole}
+    print(json.dumps({"whole": whole, "attempts": list(attempts), "wrong": wrong}))
+
+
+def all_attempts(root: Path) -> dict[str, dict]:
+    """At each chosen moment, and before each operation on a file."""
     attempts = {
         arm.__name__: attempt(root / "killed", arm)
         for arm in (
@@ -152,9 +189,8 @@ def main(root: Path) -> None:
     while outcome := attempt(root / "killed", partial(kill_before_file_operation, number)):
         attempts[f"file operation {number}"] = outcome
         number += 1
-    wrong = {name: outcome for name, outcome in attempts.items() if outcome != whole}
-    print(json.dumps({"whole": whole, "attempts": list(attempts), "wrong": wrong}))
+    return attempts
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

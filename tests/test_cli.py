@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line, run in this process on a small model with random weights: results, grouping and every refusal."""
 
+import contextlib
+import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import shutil
@@ -11,10 +14,11 @@ import subprocess
 import sys
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +31,7 @@ import efficientsam_hf.cli.segment as segment_command
 from efficientsam_hf import EfficientSamConfig, EfficientSamImageProcessor, EfficientSamModel, EfficientSamProcessor
 from efficientsam_hf.cli import main
 from efficientsam_hf.cli.segment import ObjectPrompt, group_prompts, mask_to_logits
+from efficientsam_hf.files import write_json
 from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle
 
 
@@ -204,6 +209,64 @@ def test_url(server: str, model_folder: str, tmp_path: Path, capsys: pytest.Capt
     assert "cannot download" in message and "404" in message
     message = refused(["segment", "http://127.0.0.1:9/x.png", "--point", "1,1", "-o", str(tmp_path / "o")], capsys)
     assert "cannot download" in message
+
+
+@pytest.fixture
+def address() -> Iterator[Callable[[Iterable[bytes], dict[str, str]], str]]:
+    """Answers every request with what it is given."""
+    answer: dict[str, Any] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            for name, value in answer["headers"].items():
+                self.send_header(name, value)
+            self.end_headers()
+            with contextlib.suppress(ConnectionError):  # whoever asked has seen enough
+                for block in answer["blocks"]:
+                    self.wfile.write(block)
+                    self.wfile.flush()
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    def serve(blocks: Iterable[bytes], headers: dict[str, str]) -> str:
+        answer.update(blocks=blocks, headers=headers)
+        return f"http://127.0.0.1:{server.server_port}/picture.png"
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield serve
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def test_a_url_is_read_with_limits_and_as_a_picture(
+    address, picture: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    content = Path(picture).read_bytes()
+    for headers in ({}, {"Content-Type": "application/octet-stream"}, {"Content-Type": "image/png"}):
+        segment(address([content], headers), model_folder, tmp_path / "out", "--point", "5,5")
+    capsys.readouterr()
+    limits = "efficientsam_hf.models.mask_generation_efficientsam"
+    monkeypatch.setattr(f"{limits}.DOWNLOAD_BYTES", 10**6)
+    endless = itertools.repeat(bytes(2**16))
+    short = {"Content-Length": str(len(content) + 9)}
+    for blocks, headers, words in (
+        (endless, {"Content-Type": "image/png"}, "it has more than 1,000,000 bytes"),
+        ([b"<html>"], {"Content-Type": "text/html; charset=utf-8"}, "it is text/html; charset=utf-8, not a picture"),
+        ([content], short, "9 bytes of it are missing"),
+        ([b"no picture"], {"Content-Type": "image/png"}, "is not a picture that Pillow can read"),
+    ):
+        url = address(blocks, headers)
+        assert words in refused(["segment", url, "--point", "1,1", "-o", str(tmp_path / "no")], capsys)
+    clock = itertools.count(step=100)
+    monkeypatch.setattr(f"{limits}.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    url = address(itertools.repeat(b"drop by drop"), {"Content-Type": "image/png"})
+    line = refused(["segment", url, "--point", "1,1", "-o", str(tmp_path / "no")], capsys)
+    assert f"cannot download {url}: it is not here after 300 seconds" in line
 
 
 def test_grouping_of_prompts() -> None:
@@ -591,3 +654,71 @@ def test_convert(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     capsys.readouterr()
     assert model.config.vision_config.hidden_size == 192
     assert "absent.pt" in refused(["convert", str(tmp_path / "absent.pt"), str(tmp_path / "other")], capsys)
+
+
+# What comes out of the terminal, and what is left where it goes wrong
+
+
+def test_a_long_error_is_cut_and_what_a_terminal_obeys_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    long = refused(["segment", "p.png", "--point", "1" * 10**7, "-o", "out"], capsys)
+    assert len(long) < 1100 and "argument --point: '1111" in long and "numbers with commas between" in long
+    line = refused(["segment", "\x1b[2J\u202e\udc80 ü.png", "--point", "1,1", "-o", "out"], capsys)
+    assert "\\x1b[2J\\u202e\\udc80 ü.png" in line
+
+
+def test_names_that_the_terminal_cannot_print(
+    picture: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for encoding, name in (("cp1252", "図"), ("ascii", "ü"), ("utf-8", "\udcff")):
+        printed = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding=encoding))
+        segment(picture, model_folder, tmp_path / name, "--point", "5,5")
+        sys.stdout.flush()
+        assert name.encode(encoding, "backslashreplace") in printed.getvalue()
+
+
+@pytest.mark.parametrize("options", [["--point", "5,5", "--point", "9,9", "--each-point"], ["--everything"]], ids=str)
+def test_a_full_disk_leaves_what_was_there(
+    picture: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, options: list[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "masks.json").write_text("of an earlier call")
+    save = Image.Image.save
+
+    def save_until_full(image: Image.Image, path: Path, **options: Any) -> None:
+        save(image, path, **options)
+        if "overlay" in Path(path).name:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Image.Image, "save", save_until_full)
+    grid = ["--points-per-crop", "2"] if "--everything" in options else []
+    arguments = ["segment", picture, "--model", model_folder, "-o", str(tmp_path / "out"), *options, *grid]
+    assert main(arguments) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("efficientsam: error: ") and "No space left on device" in line
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["masks.json"]
+    assert (tmp_path / "out" / "masks.json").read_text() == "of an earlier call"
+
+
+def test_scores_that_are_no_numbers_are_an_error(
+    picture: str, model_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """Finite weights can give NaN too, by overflow."""
+    forward = EfficientSamModel.forward
+
+    def overflowing(self: EfficientSamModel, *args: Any, **kwargs: Any) -> Any:
+        outputs = forward(self, *args, **kwargs)
+        outputs.iou_scores *= float("nan")
+        return outputs
+
+    monkeypatch.setattr(EfficientSamModel, "forward", overflowing)
+    arguments = ["segment", picture, "--point", "1,1", "--model", model_folder, "-o", str(tmp_path / "out")]
+    assert "the scores of the model are not finite numbers" in refused(arguments, capsys)
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    for value in (float("nan"), float("inf"), -float("inf"), np.float64("nan")):
+        content = {"models": [{"name": "a", "miou": 0.5}, {"name": "b", "miou": value}]}
+        with pytest.raises(ValueError, match=r"m\.json is not written: models\.1\.miou is -?(nan|inf)"):
+            write_json(tmp_path / "m.json", content)
+    assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Released checkpoints: what converts, and what is refused with every reason named."""
 
+import errno
 import hashlib
+import os
 import zipfile
 from pathlib import Path
 
@@ -9,8 +11,10 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from property_testing import within_bounds
 
 from efficientsam_hf import EfficientSamModel, EfficientSamProcessor
+from efficientsam_hf.cli import main
 from efficientsam_hf.convert import BOX_CORNERS, convert_checkpoint, read_released_checkpoint, rename
 
 
@@ -177,3 +181,87 @@ def test_a_filled_destination_is_kept(released: Path, tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="not an empty folder"):
         convert_checkpoint(released, tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def packed(path: Path, files: dict[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_zip_that_unpacks_to_too_much_is_refused_before_it_does(tmp_path: Path) -> None:
+    """One file of zeros, many of them, and a checkpoint that is itself packed, plain and within a zip."""
+    zeros = bytes(100 * 2**20)
+    one = packed(tmp_path / "one.zip", {"a.pt": zeros})
+    packed(tmp_path / "many.zip", {f"data/{number}": zeros[: 2**20] for number in range(100)} | {"a.pt": b""})
+    inner = packed(tmp_path / "inner.pt", {"archive/data.pkl": b"", "archive/data/0": zeros})
+    packed(tmp_path / "nested.zip", {"a.pt": inner.read_bytes()}, zipfile.ZIP_STORED)
+    for name in ("one.zip", "many.zip", "inner.pt", "nested.zip"):
+        with within_bounds(seconds=600, memory=2**25), pytest.raises(ValueError, match=r"would unpack to 104,857,6"):
+            read_released_checkpoint(tmp_path / name)
+    assert one.stat().st_size < 2**20
+
+
+def test_a_file_beyond_any_checkpoint_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "huge.pt").open("wb") as file:
+        file.truncate(2**30 + 1)
+    with pytest.raises(ValueError, match=r"has 1,073,741,825 bytes, a checkpoint up to 1,073,741,824"):
+        read_released_checkpoint(tmp_path / "huge.pt")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(released: Path, tmp_path: Path, value: float) -> None:
+    state = torch.load(released, weights_only=True)["model"]
+    state["image_encoder.neck.0.weight"].view(-1)[0] = value
+    torch.save({"model": state}, tmp_path / "damaged.pt")
+    with pytest.raises(ValueError, match=r"NaN or infinity: \['image_encoder\.neck\.0\.weight'\]"):
+        convert_checkpoint(tmp_path / "damaged.pt", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_place_is_not_filled_twice(released: Path, tmp_path: Path) -> None:
+    state = torch.load(released, weights_only=True)["model"]
+    state["neck.conv1.weight"] = state["image_encoder.neck.0.weight"]
+    torch.save(state, tmp_path / "twice.pt")
+    with pytest.raises(ValueError, match=r"unexpected: \['neck\.conv1\.weight'\]"):
+        convert_checkpoint(tmp_path / "twice.pt", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.eye(2).to_sparse(), torch.zeros(1, device="meta"), torch.zeros(1, dtype=torch.complex64), "text", None],
+    ids=["sparse", "meta", "complex", "text", "None"],
+)
+def test_what_is_no_plain_tensor_is_refused(tmp_path: Path, value: object) -> None:
+    torch.save({"image_encoder.pos_embed": value}, tmp_path / "odd.pt")
+    with pytest.raises(ValueError, match="not a state dict of tensors"):
+        read_released_checkpoint(tmp_path / "odd.pt")
+
+
+def test_a_tensor_without_memory_of_its_own_takes_none(released: Path, tmp_path: Path) -> None:
+    state = torch.load(released, weights_only=True)["model"]
+    for name in BOX_CORNERS:
+        state[name] = torch.zeros(1).expand(10**6, 10**6)
+    torch.save(state, tmp_path / "wide.pt")
+    with within_bounds(seconds=600), pytest.raises(ValueError, match=r"\(1000000, 1000000\) instead of \(2, 256\)"):
+        convert_checkpoint(tmp_path / "wide.pt", tmp_path / "out")
+
+
+def test_the_place_is_tried_before_the_work(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("efficientsam_hf.convert.read_released_checkpoint", lambda source: pytest.fail("too late"))
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="cannot write to the folder"):
+        convert_checkpoint(released, tmp_path / "file" / "out")
+
+
+def test_a_full_disk_leaves_nothing(released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("efficientsam_hf.convert.draw_scenes", lambda model, processor: None)
+    monkeypatch.setattr("efficientsam_hf.convert.write_png", full)
+    assert main(["convert", str(released), str(tmp_path / "out")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("efficientsam")]
+    assert f"{tmp_path / 'out'} could not be written" in line and "No space left on device" in line
+    assert list(tmp_path.iterdir()) == []

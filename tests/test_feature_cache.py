@@ -3,7 +3,9 @@
 
 import json
 import os
+import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -28,8 +30,11 @@ from efficientsam_hf.data.feature_cache import (
     CacheIndex,
     FeatureCache,
     _open_shard,
+    _Table,
+    _table_checksum,
     check_cache,
     describe,
+    feature_checksum,
     shard_path,
     write_cache,
 )
@@ -79,6 +84,25 @@ def write(folder: Path, index: CacheIndex, samples, teacher: Teacher, **options)
     share = range(options.get("rank", 0), index.shards, options.get("processes", 1))
     assert sum(counts) == sum(len(index.records_of(number)) for number in share)
     return sorted(int(path.stem.removeprefix("features-")) for path in set(folder.glob("features-*")) - before)
+
+
+def tamper(path: Path, honest: bool = True, **changes) -> None:
+    """Change tensors of a shard in place, or replace them and its metadata; `honest` ones get checksums that agree."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    content = {name: value.clone() for name, value in load_file(path).items()}
+    for name, change in changes.items():
+        if name == "metadata":
+            metadata = change(metadata)
+        elif (result := change(content[name])) is not None and result._base is None:
+            content[name] = result
+    if honest:
+        content["checksums"] = torch.tensor([feature_checksum(row) for row in content["features"]])
+        columns = [content[name].numpy() for name in ("records", "parts", "checksums")]
+        names = [json.loads(metadata[name]) for name in ("image_ids", "problems")]
+        metadata = metadata | {"table": _table_checksum(_Table(*columns, *names))}
+    save_file(content, path, metadata)
+    _open_shard.cache_clear()
 
 
 def test_records_are_the_teachers_view_of_each_part(tmp_path, teacher, pictures) -> None:
@@ -192,7 +216,7 @@ def test_shards_of_another_cache_and_damaged_ones_are_named(tmp_path, teacher, p
     with pytest.raises(ValueError, match="features-000001.* is damaged"):
         write(tmp_path / "one", index, samples, teacher)
     with pytest.raises(ValueError, match="features-000001.* is damaged"):
-        FeatureCache(tmp_path / "one").features(5)
+        FeatureCache(tmp_path / "one")
     path.unlink()
     assert write(tmp_path / "one", index, samples, teacher) == [1]
 
@@ -214,16 +238,123 @@ def test_pictures_that_were_replaced_are_named(tmp_path, teacher, pictures) -> N
             check_cache(tmp_path / str(crops), samples, teacher, 100)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"records": lambda value: value.add_(1)}, "records are not those from 4 to 7"),
+        ({"records": lambda value: value.flip(0)}, "records are not those"),
+        ({"records": lambda value: value.float()}, "records are not those"),
+        ({"records": lambda value: value.fill_(5)}, "records are not those"),
+        ({"metadata": lambda value: {**value, "problems": '{"1": "gone"}'}}, "records are not those"),
+        ({"metadata": lambda value: {**value, "problems": '{"x": "gone"}'}}, "is damaged"),
+        ({"metadata": lambda value: {**value, "problems": "[3]"}}, "unread pictures"),
+        ({"metadata": lambda value: {**value, "image_ids": '["a"]'}}, "one name of a picture for each"),
+        (
+            {"features": lambda value: value[..., :-1].clone()},
+            r"features of shape \(4, 16, 23\), expected \(4, 16, 24\)",
+        ),
+        ({"features": lambda value: value[:-1].clone()}, "features of shape"),
+        ({"features": lambda value: value.float()}, "not float16"),
+        ({"parts": lambda value: value[:, :-1].clone()}, "features of shape"),
+    ],
+)
+def test_a_shard_that_does_not_fit_is_named_however_it_was_made(tmp_path, teacher, pictures, changes, words) -> None:
+    samples = ImageFolder(pictures)
+    index = make_index(teacher, samples)
+    write(tmp_path, index, samples, teacher)
+    tamper(shard_path(tmp_path, 1), **changes)
+    for reading in (lambda: FeatureCache(tmp_path), lambda: write(tmp_path, index, samples, teacher)):
+        with pytest.raises(ValueError, match=f"features-000001.* is damaged: .*{words}|{words}"):
+            reading()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"metadata": lambda value: None}, "is a shard of another cache"),
+        ({"metadata": lambda value: {**value, "index": "0"}}, "is a shard of another cache"),
+        ({"metadata": lambda value: {"index": value["index"]}}, "is damaged"),
+        ({"parts": lambda value: value[0].add_(1)}, "is damaged: the checksum of its records is another"),
+    ],
+)
+def test_a_shard_whose_own_words_are_damaged_is_named(tmp_path, teacher, pictures, changes, words) -> None:
+    samples = ImageFolder(pictures)
+    write(tmp_path, make_index(teacher, samples), samples, teacher)
+    tamper(shard_path(tmp_path, 1), honest=False, **changes)
+    with pytest.raises(ValueError, match=f"features-000001.* {words}"):
+        FeatureCache(tmp_path)
+
+
+def test_flipped_bits_of_features_cost_their_record(tmp_path, teacher, pictures) -> None:
+    """As a picture that cannot be read, which training names and passes over."""
+    samples = ImageFolder(pictures)
+    write(tmp_path, make_index(teacher, samples), samples, teacher)
+    tamper(shard_path(tmp_path, 1), honest=False, features=lambda value: value[2, 0, 0].neg_())
+    cache = FeatureCache(tmp_path)
+    assert cache.features(5).isfinite().all()
+    with pytest.raises(ValueError, match="features of record 6, picture 2.png, are damaged"):
+        cache.features(6)
+
+
+def test_a_shard_of_an_earlier_version_has_no_checksums(tmp_path, teacher, pictures) -> None:
+    samples = ImageFolder(pictures)
+    index = make_index(teacher, samples)
+    write(tmp_path, index, samples, teacher)
+    before = FeatureCache(tmp_path).features(5).clone()
+    path = shard_path(tmp_path, 1)
+    with safe_open(path, "pt") as file:
+        metadata = {name: value for name, value in file.metadata().items() if name != "table"}
+    tensors = {name: value.clone() for name, value in load_file(path).items() if name != "checksums"}
+    save_file(tensors, path, metadata)
+    _open_shard.cache_clear()
+    assert torch.equal(FeatureCache(tmp_path).features(5), before)
+    save_file({**tensors, "records": tensors["records"] - 1}, path, metadata)
+    with pytest.raises(ValueError, match="records are not those"):
+        FeatureCache(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"images": 10**12}, "not complete: [0-9]+ of 750000000000 shards are missing, the first is features-000004"),
+        ({"images": 10**400}, "images must be a whole number"),
+        ({"images": "5"}, "images must be a whole number of at least 1, got 5"),
+        ({"images": 5.0}, "images must be a whole number"),
+        ({"images": True}, "images must be a whole number"),
+        ({"crops": -1}, "crops must be a whole number of at least 0"),
+        ({"records_per_shard": 10**12}, "shard of another cache"),
+        ({"width": 10**12}, "shard of another cache"),
+        ({"grid": [10**6, 10**6]}, "shard of another cache"),
+        ({"grid": [4]}, "grid must be two numbers"),
+        ({"grid": None}, "is no index of a cache"),
+        ({"scenes": [1]}, "scenes must be two numbers"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"crop": {"min_scale": 2}}, "min_scale and max_scale"),
+        ({"crop": {"min_scale": "a"}}, "is no index of a cache"),
+        ({"teacher": 3}, "teacher must be text"),
+        ({"more": 3}, "is no index of a cache"),
+    ],
+)
+def test_an_index_that_cannot_be_is_refused_at_once(tmp_path, teacher, pictures, changes, words) -> None:
+    samples = ImageFolder(pictures)
+    write(tmp_path, make_index(teacher, samples), samples, teacher)
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=words):
+        FeatureCache(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "3", "{", "[" * 100_000, "\x00"])
+def test_an_index_that_is_none(tmp_path, content) -> None:
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(ValueError, match="index.json is no index of a cache"):
+        FeatureCache(tmp_path)
+
+
 def test_stored_features_that_are_not_finite_are_named(tmp_path, teacher, pictures) -> None:
     samples = ImageFolder(pictures)
     write(tmp_path, make_index(teacher, samples, records_per_shard=15), samples, teacher)
-    path = shard_path(tmp_path, 0)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    content = {name: value.clone() for name, value in load_file(path).items()}
-    content["features"][7, 0, 0] = torch.nan
-    save_file(content, path, metadata)
-    _open_shard.cache_clear()
+    tamper(shard_path(tmp_path, 0), features=lambda value: value[7, 0, 0].fill_(torch.nan))
     with pytest.raises(ValueError, match="features of record 7, picture 2.png, are not finite"):
         check_cache(tmp_path, samples, teacher, 15)
     with pytest.raises(ValueError, match="features of record 7, picture 2.png, are not finite"):
@@ -237,13 +368,7 @@ def test_check_finds_what_was_changed(tmp_path, teacher, pictures) -> None:
     count, difference = check_cache(tmp_path, samples, teacher, 100)
     assert count == 15 and difference < 5e-3
 
-    path = shard_path(tmp_path, 0)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    content = {name: value.clone() for name, value in load_file(path).items()}
-    content["features"][6, 3, 2] += 1
-    save_file(content, path, metadata)
-    _open_shard.cache_clear()
+    tamper(shard_path(tmp_path, 0), features=lambda value: value[6, 3, 2].add_(1))
     assert check_cache(tmp_path, samples, teacher, 15)[1] == pytest.approx(1, abs=0.01)
     with pytest.raises(ValueError, match="images 5 and not 4"):
         check_cache(tmp_path, SceneImages(4, 0, 64), teacher, 1)
@@ -378,6 +503,48 @@ def test_a_run_does_not_go_on_with_other_features(tmp_path, vit, pictures, recip
     capsys.readouterr()
     assert main([*pretrain, "--resume"]) == 2
     assert "learnt other features: " in capsys.readouterr().err
+
+
+def test_one_command_writes_a_cache_at_a_time(tmp_path, vit, pictures, recipe_without_teacher, capsys, hold) -> None:
+    """And another, or a run, is told who does; what a killed one leaves holds nobody up."""
+    cache = tmp_path / "cache"
+    command = ["features", "--teacher", vit, "--images", str(pictures), "--grid", "4", "--shard-size", "2"]
+    command += ["--device", "cpu", "--output", str(cache)]
+    assert main(command) == 0
+    shard_path(cache, 1).rename(cache / f".partial-{os.getpid()}-features-000001.safetensors")
+    process = hold(cache)
+    capsys.readouterr()
+    assert main(command) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("efficientsam: ")]
+    assert f"{cache} is in use by process {process.pid} on {platform.node()}" in line
+    assert (cache / f".partial-{os.getpid()}-features-000001.safetensors").is_file()
+    pretrain = ["pretrain", "--recipe", recipe_without_teacher, *STEPS, "--train-images", str(pictures)]
+    pretrain += ["--train-features", str(cache), "--output-dir", str(tmp_path / "run")]
+    assert main(pretrain) == 2
+    assert re.search(f"1 of 3 shards are missing, .*in use by process {process.pid} on ", capsys.readouterr().err)
+    process.kill()
+    process.wait()
+    assert main(command) == 0
+    assert main(pretrain) == 0
+
+
+def test_an_interrupted_command_says_how_to_go_on(tmp_path, vit, pictures, capsys, monkeypatch) -> None:
+    command = ["features", "--teacher", vit, "--images", str(pictures), "--grid", "4", "--shard-size", "2"]
+    command += ["--device", "cpu", "--output", str(tmp_path / "cache")]
+    features = Teacher.features
+
+    def interrupted(self, images, grid, check=True):
+        if shard_path(tmp_path / "cache", 0).is_file():
+            signal.raise_signal(signal.SIGTERM)
+        return features(self, images, grid, check)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "features", interrupted)
+        assert main([*command, "--batch-size", "1"]) == 128 + signal.SIGTERM
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("efficientsam: interrupted by SIGTERM") and "--resume" not in line
+    assert main(shlex.split(line.partition("this goes on: ")[2])[1:]) == 0
+    assert len(list((tmp_path / "cache").glob("features-*"))) == 3
 
 
 @pytest.mark.slow

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import yaml
 from PIL import Image
 from test_mixture import write_files
 from test_prompt_inputs import RELEASED
+from test_run_folder import bombs
 from test_segmentation_training import tiny_model
 from transformers import SamConfig
 
@@ -27,6 +30,7 @@ from efficientsam_hf.cli import main
 from efficientsam_hf.data.scene_bank import SceneBank
 from efficientsam_hf.models.rle_efficientsam import encode_rle
 from efficientsam_hf.training.arguments import read_recipe
+from efficientsam_hf.training.segmentation import InteractiveSegmentation
 
 
 TRAIN = "finetune --recipe smoke --image-sizes 64 --evaluate-scenes 1 --evaluate-every 2 --checkpoint-every 2".split()
@@ -52,6 +56,35 @@ def test_train_resume_evaluate_export(tmp_path: Path, capsys: pytest.CaptureFixt
     trained, exported = (EfficientSamModel.from_pretrained(path) for path in (run / "model", folder))
     for name, weight in exported.state_dict().items():
         torch.testing.assert_close(weight, trained.state_dict()[name], atol=1e-3, rtol=1e-3)
+
+
+STRANGE = "pytorch_model.bin model.safetensors.index.json pytorch_model.bin.index.json training_args.bin".split()
+
+
+@pytest.mark.slow
+def test_nothing_in_the_folders_of_a_run_runs(tmp_path: Path, hub, repo: str, capsys) -> None:
+    """A pickle that leaves a mark where it is opened as one, under each name that the commands open, or might."""
+    good, run, mark = tmp_path / "good", tmp_path / "run", tmp_path / "mark"
+    train = [*TRAIN, "--evaluate-scenes", "0", "--max-steps", "2", "--output-dir"]
+    assert main([*train, str(good)]) == 0
+    assert main(["export", str(good), str(good / "exported")]) == 0
+    names = [path.relative_to(good) for path in good.rglob("*") if path.is_file() and path.name != ".lock"]
+    names += [Path(folder, name) for folder in ("model", "exported", "checkpoints/step_2") for name in STRANGE]
+    assert len(names) > 25
+    for number, name in enumerate(names):
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.copytree(good, run)
+        (run / name).write_bytes(bombs(mark)[number % 2])
+        if name.name in STRANGE:
+            (run / name).with_name("model.safetensors").unlink()
+        if name.parts[0] == "model":
+            main(["evaluate", str(run / "model"), "--scenes", "1", "--device", "cpu", "--prompts", "box"])
+        if name.parts[0] == "exported":
+            main(["push", str(run / "exported"), repo, "--token", hub.token])
+        else:
+            main(["export", str(run), str(tmp_path / "out"), "--overwrite"])
+            main([*train, str(run), "--resume"])
+        assert not mark.exists(), name
 
 
 @pytest.mark.slow
@@ -92,15 +125,20 @@ def test_a_loss_that_is_not_finite_is_one_line(tmp_path: Path, capsys) -> None:
     assert "not finite for 2 steps in a row" in line and "Traceback" not in line
 
 
-def test_damaged_pictures_to_evaluate_on_are_found_before_training(tmp_path: Path, capsys) -> None:
+def test_damaged_pictures_to_evaluate_on_are_named_before_training(tmp_path: Path, capsys, caplog) -> None:
     flags = write_coco(tmp_path / "data", 3)
     evaluation = ["--eval-annotations", flags[2], "--eval-images", flags[4]]
     Path(flags[4], "1.png").write_bytes(b"no picture")
     base = [*TRAIN, "--max-steps", "1", "--evaluate-scenes", "0", "--output-dir", str(tmp_path / "run")]
-    assert main([*base, *evaluation]) == 2
-    assert "1.png' is not a picture" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-    assert main([*base, *evaluation, "--eval-limit", "1"]) == 0
+    assert main([*base, *evaluation]) == 0
+    (warning,) = caplog.records
+    assert "picture 1 could not be used" in warning.getMessage() and "1.png' is not a picture" in warning.getMessage()
+    assert events(tmp_path / "run", "evaluation")
+    for name in ("0.png", "2.png"):
+        Path(flags[4], name).write_bytes(b"no picture")
+    assert main([*base[:-1], str(tmp_path / "other"), *evaluation]) == 2
+    assert "none of 3 pictures could be used; picture 0: image" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()
 
 
 def test_training_on_a_coco_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,6 +230,41 @@ def test_a_killed_run_on_a_mixture_ends_with_the_same_bits(tmp_path: Path, threa
     assert all(numbers[line["step"]] == [line[name] for name in names] for line in events(killed, "train"))
     for values in list(zip(*numbers.values(), strict=True))[1:]:  # two pictures are of two sources at most
         assert None in values and 0 <= max(value for value in values if value is not None) <= 1
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path, capsys, monkeypatch) -> None:
+    """As it was typed, and what it prints does go on."""
+    forward, steps = InteractiveSegmentation.forward, []
+
+    def interrupted(self, batch):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGHUP)
+        return forward(self, batch)
+
+    monkeypatch.setattr(InteractiveSegmentation, "forward", interrupted)
+    run = tmp_path / "my run"
+    command = [*TRAIN, "--evaluate-scenes", "0", "--max-steps", "4", "--output-dir", str(run)]
+    assert main(command) == 128 + signal.SIGHUP
+    error = capsys.readouterr().err
+    (line,) = [line for line in error.splitlines() if line.startswith("efficientsam: interrupted")]
+    assert "by SIGHUP, saved at step 3; this goes on: efficientsam finetune --recipe smoke " in line
+    words = shlex.split(line.partition("this goes on: ")[2])
+    assert words == ["efficientsam", *command, "--resume"]
+    assert main(words[1:]) == 0 and events(run, "resume")[0]["step"] == 3
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interruption_before_the_first_step_says_so_too(tmp_path: Path, capsys, monkeypatch, name: str) -> None:
+    number = getattr(signal, name)
+    command = [*TRAIN, "--max-steps", "1", "--output-dir", str(tmp_path / "run")]
+    for where, more in (("efficientsam_hf.cli.finetune.build_model", []), ("test_trainer.Trainer.plan", ["--resume"])):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, lambda *args: signal.raise_signal(number))
+            assert main(command) == 128 + number
+        words = shlex.split(capsys.readouterr().err.splitlines()[-1].partition("this goes on: ")[2])
+        assert words == ["efficientsam", *command, *more]
+    assert main(words[1:]) == 0
 
 
 def test_training_on_tars_of_sa1b(tmp_path: Path) -> None:

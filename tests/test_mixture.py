@@ -198,8 +198,8 @@ def test_sources_replace_the_changes_of_the_run(folder: Path) -> None:
 
 
 def test_a_file_that_several_sources_name_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read, really = [], coco._read_instances
-    monkeypatch.setattr(coco, "_read_instances", lambda path: read.append(path) or really(path))
+    read, really = [], coco.CocoFile
+    monkeypatch.setattr(coco, "CocoFile", lambda path: read.append(path) or really(path))
     photos, pasted, nothing = open_sources(read_mixture(str(folder / "mix.yaml")))
     assert len(read) == 1 and nothing is None
     assert pasted.cutouts[1][1].samples is photos and len(pasted.cutouts[1][1]) == 3

@@ -2,6 +2,7 @@
 """`efficientsam push` against a Hub on loopback: what arrives, what a stranger can do with it, and what goes wrong."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -171,14 +172,14 @@ def test_code_of_the_published_card_runs(hub: HubServer, run: Path, tmp_path: Pa
 
 def test_what_the_folder_no_longer_has_goes(hub: HubServer, run: Path, tmp_path: Path) -> None:
     folder = export_run(run, tmp_path / "out", with_code=True)
-    (folder / "model-00001-of-00002.safetensors").write_bytes(b"an old shard")
     assert push(hub, folder) == 0
-    (folder / "model-00001-of-00002.safetensors").unlink()
+    shard = "model-00001-of-00002.safetensors"
     api = HfApi(token=hub.token)
+    api.upload_file(path_or_fileobj=b"of an earlier push", path_in_repo=shard, repo_id=REPO)
     api.upload_file(path_or_fileobj=b"someone's own", path_in_repo="notes.md", repo_id=REPO)
     assert push(hub, folder) == 0
     files = hub.repository(REPO).files("main")
-    assert "model-00001-of-00002.safetensors" not in files and files["notes.md"] == b"someone's own"
+    assert shard not in files and files["notes.md"] == b"someone's own"
 
 
 def test_the_same_again_makes_no_commit(hub: HubServer, run: Path) -> None:
@@ -477,3 +478,116 @@ def test_downloads_are_whole(hub: HubServer, run: Path) -> None:
     assert push(hub, run) == 0
     folder = Path(snapshot_download(REPO))
     assert (folder / WEIGHTS).read_bytes() == (run / "hub" / WEIGHTS).read_bytes()
+
+
+# What a folder may hold
+
+
+@pytest.fixture
+def exported(run: Path, tmp_path: Path) -> Path:
+    """A model folder with code and a picture."""
+    return export_run(run, tmp_path / "exported", with_code=True)
+
+
+def refusal(folder: Path, capsys: pytest.CaptureFixture) -> str:
+    assert main(["push", str(folder), REPO, "--dry-run"]) == 2
+    return failure(capsys)
+
+
+def test_links_out_of_the_folder_are_refused(exported: Path, run: Path, tmp_path: Path, capsys) -> None:
+    secret = tmp_path / "id_ed25519"
+    secret.write_text("PRIVATE KEY")
+    (exported / "hidden").mkdir()
+    for name in ("metrics.json", "model-00002-of-00002.safetensors", "previews/more", "hidden/.key", WEIGHTS):
+        (exported / name).unlink(missing_ok=True)
+        (exported / name).symlink_to(secret)
+        assert f"{exported / name} is a link out of the folder, to {secret}" in refusal(exported, capsys)
+        (exported / name).unlink()
+    for place in ("args.json", "pictures/step_000099.png", "model/config.json", "checkpoints"):
+        kept = (run / place).rename(tmp_path / "kept") if (run / place).exists() else None
+        (run / place).symlink_to(kept or tmp_path)
+        assert main(["export", str(run), str(tmp_path / "again")]) == 2
+        assert f"{run / place} is a link out of the folder" in failure(capsys)
+        (run / place).unlink()
+        if kept:
+            kept.rename(run / place)
+    assert not (tmp_path / "again").exists()
+
+
+def test_links_within_a_folder_and_snapshots_of_the_cache_are_followed(exported: Path, tmp_path: Path, capsys) -> None:
+    (exported / WEIGHTS).rename(exported / ".weights")
+    (exported / WEIGHTS).symlink_to(".weights")
+    assert main(["push", str(exported), REPO, "--dry-run"]) == 0
+
+    cached = tmp_path / "models--someone--tiny"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    (cached / "blobs").mkdir(parents=True)
+    for number, path in enumerate(path for path in exported.rglob("[!.]*") if path.is_file()):
+        blob, link = cached / "blobs" / str(number), snapshot / path.relative_to(exported)
+        blob.write_bytes(path.read_bytes())
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    assert main(["push", str(snapshot), REPO, "--dry-run"]) == 0
+    assert WEIGHTS in capsys.readouterr().out
+    (cached / "secret").write_text("{}")
+    (snapshot / "metrics.json").unlink()
+    (snapshot / "metrics.json").symlink_to("../../secret")
+    assert "is a link out of the folder" in refusal(snapshot, capsys)
+
+
+CONTENTS = [  # file, content, words of the error
+    (WEIGHTS, b"-----BEGIN PRIVATE KEY-----", "is no safetensors file"),
+    (WEIGHTS, b"", "is no safetensors file"),
+    ("metrics.json", b"root:x:0:0", "is not a JSON file, or damaged"),
+    ("metrics.json", b"[1]", "holds a list, expected a JSON object"),
+    ("metrics.json", b'{"auths": {"docker.io": "secret"}}', "is something else: it has 'auths'"),
+    ("config.json", b"\xff\xfe\x00", "is not a JSON file, or damaged"),
+    ("processor_config.json", b'"text"', "holds a str"),
+    ("modeling_efficientsam.py", b"import os\n", "is not the code of this version of efficientsam-hf"),
+    ("evil_efficientsam.py", b"import os\n", "is not the code of this version of efficientsam-hf"),
+    ("README.md", b"\x89PNG\r\n\xff", "is no text in UTF-8"),
+    ("README.md", b"---\nlicense: mit\n---\n\0", "is no text: it holds a zero byte"),
+    ("previews/training.jpg", b"GIF89a", "is no JPEG picture"),
+    ("previews/scenes.png", b"secret", "is no PNG picture"),
+    ("model-00001-of-00001.safetensors", None, "other weights than it should: model-00001-of-00001.safetensors"),
+    ("model.safetensors.index.json", b'{"weight_map": []}', "has no weight_map"),
+    ("model.safetensors.index.json", b'{"weight_map": {"a": "../b.safetensors"}}', "../b.safetensors"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "words"), CONTENTS, ids=[f"{case[0]}-{case[1]}" for case in CONTENTS])
+def test_files_are_what_their_names_say(exported: Path, capsys, name: str, content: bytes | None, words: str) -> None:
+    (exported / name).write_bytes((exported / WEIGHTS).read_bytes() if content is None else content)
+    assert words in refusal(exported, capsys)
+
+
+@pytest.mark.parametrize(
+    "pointer", ["someone/else--modeling_efficientsam.EfficientSamModel", "evil_efficientsam.Model", "os.system"]
+)
+def test_a_config_points_to_the_code_beside_it(exported: Path, capsys, pointer: str) -> None:
+    for name in ("config.json", "processor_config.json"):
+        before = (exported / name).read_text()
+        content = json.loads(before)
+        content["auto_map"] |= {"AutoModel": [pointer, None]}
+        (exported / name).write_text(json.dumps(content))
+        assert f"points to code that is not in the folder: {pointer!r}" in refusal(exported, capsys)
+        (exported / name).write_text(before)
+    assert main(["push", str(exported), REPO, "--dry-run"]) == 0
+
+
+def test_a_token_from_a_file(hub: HubServer, exported: Path, tmp_path: Path, capsys) -> None:
+    file = tmp_path / "token"
+    file.write_text(f"{hub.token}\n")
+    assert main(["push", str(exported), REPO, "--token-file", str(file)]) == 0
+    capsys.readouterr()
+    for content in (b"", b"two words", b"secret\nsecret", b"s\xe9cret", b"s" * 10**6, None):
+        file.unlink(missing_ok=True)
+        if content is not None:
+            file.write_bytes(content)
+        assert main(["push", str(exported), REPO, "--token-file", str(file)]) == 2
+        line = failure(capsys)
+        assert f"--token-file {file}" in line and "secret" not in line and len(line) < 500
+    assert main(["push", str(exported), REPO, "--token", "sec ret\n"]) == 2
+    assert "--token does not hold a token: expected one word of ASCII, got 8 characters" in failure(capsys)
+    assert main(["push", str(exported), REPO, "--token", "a", "--token-file", str(file)]) == 2
+    assert "not allowed with" in failure(capsys)

@@ -28,14 +28,15 @@ LEVELS = {
     "tiles": 1,
     "predictor": 1,
     "space": 1,
-    "averaging": 2,
-    "data": 2,
-    "training": 3,
-    "evaluation": 3,
-    "convert": 4,
-    "hub": 3,
-    "__init__": 4,
-    "cli": 5,
+    "pretrained": 2,
+    "averaging": 3,
+    "data": 3,
+    "training": 4,
+    "evaluation": 4,
+    "convert": 5,
+    "hub": 4,
+    "__init__": 5,
+    "cli": 6,
 }
 
 # Code in models/ is copied file by file into folders on the Hub, so it may need nothing but these and its siblings.
@@ -43,7 +44,7 @@ LEVELS = {
 PORTABLE = {"torch", "numpy", "PIL", "transformers", "huggingface_hub", "scipy"}
 
 # What pyproject.toml declares, by the name it is imported under: core, then extras.
-DECLARED = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "PIL", "tqdm"}
+DECLARED = {"torch", "transformers", "huggingface_hub", "safetensors", "numpy", "PIL", "tqdm", "filelock"}
 DECLARED |= {"accelerate", "datasets", "fsspec", "peft", "yaml", "pycocotools", "gradio", "scipy"}
 
 

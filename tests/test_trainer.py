@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop on a module of a few numbers: schedule, resume, interruption, logging, errors."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -17,9 +18,9 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState
+from safetensors import SafetensorError
 from test_segmentation_training import example_batch, tiny_model
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 
 from efficientsam_hf import EfficientSamModel
 from efficientsam_hf.data.mixture import read_mixture
@@ -30,10 +31,11 @@ from efficientsam_hf.training.arguments import (
     build_arguments,
     read_recipe,
 )
-from efficientsam_hf.training.checkpoints import list_checkpoints
+from efficientsam_hf.training.checkpoints import list_checkpoints, update_manifest
 from efficientsam_hf.training.ema import WeightAverage
 from efficientsam_hf.training.finetune_arguments import FinetuneArguments
 from efficientsam_hf.training.run_folder import RunLog, open_run
+from efficientsam_hf.training.run_state import load_tree
 from efficientsam_hf.training.schedule import (
     Due,
     Stage,
@@ -155,7 +157,8 @@ def test_run_leaves_its_folder(tmp_path) -> None:
     run = tmp_path / "run"
     assert summary["steps"] == 20 and summary["images"] == 10 * 4 + 10 * 1 and summary["interrupted"] is None
     assert [path.name for path in list_checkpoints(run)] == ["step_15", "step_20"]
-    assert {path.name for path in run.iterdir()} == {"args.json", "log.jsonl", "run.json", "checkpoints", "model"}
+    names = {"args.json", "log.jsonl", "run.json", "checkpoints", "model", ".lock"}
+    assert {path.name for path in run.iterdir()} == names
     record = json.loads((run / "args.json").read_text())
     assert record["arguments"]["learning_rate"] == 0.05 and record["machine"]["cores"] >= 1
     assert record["versions"]["torch"] == torch.__version__ and record["command"]
@@ -173,12 +176,10 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, stop, optimizer, files) -
     train(tmp_path / "parts", resume=True, optimizer=optimizer)
     for name, value in weights(tmp_path / "whole" / "model").items():
         assert torch.equal(value, weights(tmp_path / "parts" / "model")[name])
-    whole, parts = (
-        sorted((tmp_path / run / "checkpoints/step_20").glob("optimizer*.bin")) for run in ("whole", "parts")
-    )
+    whole, parts = (sorted((tmp_path / run / "checkpoints/step_20").glob("optimizer*")) for run in ("whole", "parts"))
     assert len(whole) == files
     for one, other in zip(whole, parts, strict=True):
-        states = [torch.load(path)["state"].values() for path in (one, other)]
+        states = [load_tree(path)["state"].values() for path in (one, other)]
         for before, after in zip(*states, strict=True):
             assert all(torch.equal(before[name], after[name]) for name in before)
 
@@ -261,7 +262,7 @@ def test_every_object_counts_alike_in_whichever_batch_it_comes(tmp_path, monkeyp
 
 def first_gradients(run: Path) -> list[torch.Tensor]:
     """Gradients of a run's first step, a tenth of each, as AdamW remembers them."""
-    states = torch.load(run / "checkpoints/step_1/optimizer.bin")["state"].values()
+    states = load_tree(run / "checkpoints/step_1/optimizer.safetensors")["state"].values()
     return [state["exp_avg"] for state in states]
 
 
@@ -274,11 +275,12 @@ train_without_dropout(Path(sys.argv[1]), pieces(2, int(os.environ["RANK"]), 2), 
 
 
 RESUMED = """
-import signal, sys
+import errno, os, signal, sys
 from pathlib import Path
 import torch
 from test_segmentation_training import example_batch, tiny_model
 from test_trainer import make_arguments
+from efficientsam_hf.training.run_state import RunState
 from efficientsam_hf.training.segmentation import InteractiveSegmentation
 from efficientsam_hf.training.trainer import Trainer
 
@@ -298,14 +300,31 @@ def stopping(start, stage):
 
 def run(name, source, **changes):
     torch.manual_seed(0)
-    settings = {"image_sizes": "64", "batch_size": 2, "max_steps": 6, **changes}
+    settings = {"image_sizes": "64", "batch_size": 2, "max_steps": 6, "checkpoint_every": 1, **changes}
     arguments = make_arguments(Path(sys.argv[1]) / name, **settings)
     Trainer(InteractiveSegmentation(tiny_model()), source, arguments).train()
 
 
 run("whole", batches)
 run("parts", stopping)
+first = torch.distributed.get_rank() == 0
+if first:
+    os.truncate(Path(sys.argv[1]) / "parts/checkpoints/step_3/optimizer.safetensors", 1000)
+torch.distributed.barrier()
 run("parts", batches, resume=True)
+
+
+def full(self, *arguments):
+    if not first:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+RunState.write = full
+try:
+    run("full", batches)
+    raise AssertionError("nobody noticed")
+except OSError as error:
+    assert "step_1 could not be written" in str(error) and "last good checkpoint is none" in str(error)
 """
 
 
@@ -315,7 +334,7 @@ def test_three_processes_resume_with_the_same_bits(tmp_path) -> None:
     whole, parts = (
         EfficientSamModel.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "parts")
     )
-    assert log(tmp_path / "parts", "resume")[0]["step"] == 3
+    assert log(tmp_path / "parts", "resume")[0]["step"] == 2  # the third was damaged, of which the main process knows
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
@@ -466,7 +485,7 @@ def test_evaluation_sees_averaged_weights_and_keeps_the_best(tmp_path) -> None:
     final = weights(tmp_path / "run" / "model")
     assert torch.equal(final["linear.weight"], weights(tmp_path / "quiet" / "model")["linear.weight"])
     assert torch.equal(seen[-1], final["linear.weight"])
-    raw = torch.load(tmp_path / "run/checkpoints/step_20/optimizer.bin")
+    raw = load_tree(tmp_path / "run/checkpoints/step_20/optimizer.safetensors")
     assert len(raw["param_groups"]) == 2
 
 
@@ -725,7 +744,10 @@ def test_a_disk_that_fills_up_leaves_the_last_checkpoint(tmp_path) -> None:
     ("error", "named"),
     [
         (RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"), True),
-        (CheckpointException("failed", {}), True),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 660160 vs 660048"), True),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EIO, "Input/output error"), True),
         (RuntimeError("CUDA out of memory"), False),
     ],
 )
@@ -735,7 +757,7 @@ def test_only_errors_of_writing_are_called_so(tmp_path, monkeypatch, error, name
 
     monkeypatch.setattr(Trainer, "_export", lambda self: None)
     training = Trainer(Line(), batches, make_arguments(tmp_path / "run"))
-    monkeypatch.setattr(training.accelerator, "save_state", fail)
+    monkeypatch.setattr(training.state, "write", fail)
     with pytest.raises(OSError if named else RuntimeError, match="step_5 could not be written" if named else "memory"):
         training.train()
 
@@ -753,8 +775,7 @@ def test_what_was_left_behind_makes_room(tmp_path, monkeypatch) -> None:
 
 def test_another_kind_of_distribution_is_refused(tmp_path) -> None:
     train(tmp_path / "run")
-    path = tmp_path / "run" / "checkpoints" / "step_20" / "trainer_state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"distributed": "FSDP"}))
+    update_manifest(tmp_path / "run" / "checkpoints" / "step_20", {"distributed": "FSDP"})
     with pytest.raises(ValueError, match="was written under FSDP, and this is NO"):
         train(tmp_path / "run", resume=True)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 
 from .identity import model_revision
 from .models.modeling_efficientsam import EfficientSamModel
+from .pretrained import load_pretrained
 
 
 @torch.no_grad()
@@ -24,7 +25,7 @@ def average_weights(model: EfficientSamModel, others: Sequence[str | os.PathLike
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     found = []
     for number, name in enumerate(map(os.fspath, others), 1):
-        other = EfficientSamModel.from_pretrained(name, dtype=torch.float32)
+        other = load_pretrained(EfficientSamModel, name, dtype=torch.float32)
         theirs = dict(other.named_parameters())
         differing = sorted(
             key for key in weights.keys() | theirs.keys() if _shape(weights, key) != _shape(theirs, key)

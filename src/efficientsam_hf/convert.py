@@ -6,14 +6,13 @@ import io
 import os
 import pickle
 import re
-import struct
 import zipfile
-import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from .files import write_folder, write_png, write_text
+from .files import check_place, write_folder, write_png, write_text
 from .hub.model_card import SCENES_PREVIEW, released_card
 from .hub.previews import draw_scenes
 from .models.configuration_efficientsam import VISION_PRESETS, EfficientSamConfig
@@ -52,9 +51,10 @@ BOX_CORNERS = ("prompt_encoder.bbox_top_left_embeddings.weight", "prompt_encoder
 
 # Thresholds of segment-everything in the notebook of the released code (yformer/EfficientSAM, notebooks).
 RELEASED_MASK_GENERATION = {"pred_iou_thresh": 0.7, "stability_score_thresh": 0.9}
-# What reading and unpickling raise on files that are damaged or something else.
-NO_CHECKPOINT = (RuntimeError, EOFError, LookupError, AssertionError, TypeError, struct.error)
-NO_CHECKPOINT += (zipfile.BadZipFile, zlib.error)
+SHOWN = 10  # names in a message
+LARGEST = 2**30  # bytes of a checkpoint; the largest that was released has 106 MB
+# An archive may unpack to this much, and beyond it to so many times its own size: weights hardly shrink by packing.
+SMALL, EXPANSION = 2**26, 4
 
 
 def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike) -> EfficientSamConfig:
@@ -71,12 +71,14 @@ def convert_checkpoint(source: str | os.PathLike, destination: str | os.PathLike
 
     Raises:
         FileNotFoundError, FileExistsError: if `source` is missing or `destination` holds something.
-        ValueError: if `source` is no readable checkpoint without code, or not one of EfficientSAM; the message lists
-            missing, unexpected and misshapen entries.
+        OSError: if nothing can be written there.
+        ValueError: if `source` is no readable checkpoint without code, would unpack to more than a checkpoint is, or
+            is not one of EfficientSAM; the message lists missing, unexpected, misshapen and non-finite entries.
     """
     source, destination = Path(source), Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise FileExistsError(f"destination {str(destination)!r} exists and is not an empty folder")
+    check_place(destination)
     state = read_released_checkpoint(source)
     config = released_config(state)
     model = EfficientSamModel(config)
@@ -109,25 +111,61 @@ def read_released_checkpoint(source: Path) -> dict[str, torch.Tensor]:
         raise ValueError(
             f"source {str(source)!r} is no checkpoint, or holds more than tensors; no code in it ran"
         ) from error
-    except NO_CHECKPOINT as error:
+    except CheckpointTooLargeError:
+        raise
+    except Exception as error:  # what is damaged, or something else, makes zipfile and torch raise of every kind
         raise ValueError(f"source {str(source)!r} is truncated or not a checkpoint ({_first_line(error)})") from None
     state = content.get("model", content) if isinstance(content, dict) else None
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    named = isinstance(state, dict) and state and all(isinstance(name, str) for name in state)
+    if not named or not all(_is_dense(value) for value in state.values()):
         raise ValueError(f"source {str(source)!r} is not a state dict of tensors, nor one under the key 'model'")
     return state
 
 
+def _is_dense(value: Any) -> bool:
+    """Whether this is a tensor of numbers, each with a place in memory."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+        return False
+    return not value.is_quantized and not value.is_complex()
+
+
+class CheckpointTooLargeError(ValueError):
+    """A file holds, or unpacks to, more than a checkpoint does."""
+
+
 def _open_checkpoint(source: Path) -> io.BytesIO | str:
-    """A `.pt` file is itself a zip; the released archive is a zip with one `.pt` in it."""
+    """A `.pt` file is itself a zip; the released archive is a zip with one `.pt` in it.
+
+    Raises CheckpointTooLargeError before anything is unpacked.
+    """
+    size = source.stat().st_size
+    if size > LARGEST:
+        raise CheckpointTooLargeError(f"source {str(source)!r} has {size:,} bytes, a checkpoint up to {LARGEST:,}")
     if not zipfile.is_zipfile(source):
         return str(source)
     with zipfile.ZipFile(source) as archive:
+        _check_unpacked(archive, size, source)
         members = [name for name in archive.namelist() if name.endswith(".pt") and "__MACOSX" not in name]
         if not members:
             return str(source)
         if len(members) > 1:
             raise ValueError(f"source {str(source)!r} holds several checkpoints: {members}")
-        return io.BytesIO(archive.read(members[0]))
+        packed = io.BytesIO(archive.read(members[0]))
+    if zipfile.is_zipfile(packed):
+        with zipfile.ZipFile(packed) as archive:
+            _check_unpacked(archive, len(packed.getvalue()), source)
+    packed.seek(0)
+    return packed
+
+
+def _check_unpacked(archive: zipfile.ZipFile, size: int, source: Path) -> None:
+    """Compare what a zip of so many bytes says that it unpacks to, which its readers hold it to, with bounds."""
+    unpacked = sum(member.file_size for member in archive.infolist())
+    bound = min(LARGEST, max(SMALL, EXPANSION * size))
+    if unpacked > bound:
+        raise CheckpointTooLargeError(
+            f"source {str(source)!r} has {size:,} bytes and would unpack to {unpacked:,}, expected at most {bound:,}"
+        )
 
 
 def _first_line(error: Exception) -> str:
@@ -153,18 +191,20 @@ def released_config(state: dict[str, torch.Tensor]) -> EfficientSamConfig:
 def load_released_state(model: EfficientSamModel, state: dict[str, torch.Tensor]) -> None:
     """Load a state dict in the released layout strictly into `model`."""
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    renamed, origin = {}, {}
+    renamed, origin, doubled = {}, {}, []
     for name, value in state.items():
         if name not in BOX_CORNERS:
+            doubled += [name] * (rename(name) in renamed)
             origin[rename(name)] = name
             renamed[rename(name)] = value
     if all(name in state for name in BOX_CORNERS):
         corners = [state[name] for name in BOX_CORNERS]
         origin["prompt_encoder.box_corner_embed.weight"] = " + ".join(BOX_CORNERS)
-        fits = len({corner.shape for corner in corners}) == 1 and corners[0].ndim == 2
-        renamed["prompt_encoder.box_corner_embed.weight"] = torch.cat(corners) if fits else corners[0]
+        row = (1, expected["prompt_encoder.box_corner_embed.weight"][1])
+        odd = next((corner for corner in corners if tuple(corner.shape) != row), None)
+        renamed["prompt_encoder.box_corner_embed.weight"] = torch.cat(corners) if odd is None else odd
     missing = sorted(expected.keys() - renamed.keys())
-    unexpected = sorted(origin[name] for name in renamed.keys() - expected.keys())
+    unexpected = sorted([*doubled, *(origin[name] for name in renamed.keys() - expected.keys())])
     misshapen = sorted(
         f"{origin[name]} {tuple(renamed[name].shape)} instead of {expected[name]}"
         for name in renamed.keys() & expected.keys()
@@ -172,10 +212,17 @@ def load_released_state(model: EfficientSamModel, state: dict[str, torch.Tensor]
     )
     if missing or unexpected or misshapen:
         raise ValueError(
-            f"the checkpoint does not fit EfficientSAM. missing: {missing}; unexpected: {unexpected}; "
-            f"misshapen: {misshapen}"
+            f"the checkpoint does not fit EfficientSAM. missing: {_some(missing)}; unexpected: {_some(unexpected)}; "
+            f"misshapen: {_some(misshapen)}"
         )
+    wrong = sorted(origin[name] for name, value in renamed.items() if not value.isfinite().all())
+    if wrong:
+        raise ValueError(f"the checkpoint holds NaN or infinity: {_some(wrong)}")
     model.load_state_dict(renamed, strict=True)
+
+
+def _some(names: list[str]) -> str:
+    return str(names) if len(names) <= SHOWN else f"{names[:SHOWN]} and {len(names) - SHOWN} more"
 
 
 def rename(name: str) -> str:

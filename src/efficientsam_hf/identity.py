@@ -3,15 +3,27 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
 
+def read_config(name: str, revision: str | None = None) -> dict[str, Any]:
+    """config.json of a folder or Hub model as it is written; OSError if there is none or it is no JSON object."""
+    try:
+        fields = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+    except RecursionError:
+        raise OSError(f"config.json of {name} is nested too deeply") from None
+    if not isinstance(fields, dict):
+        raise OSError(f"config.json of {name} holds a {type(fields).__name__}, expected an object")
+    return fields
+
+
 def model_type(name: str) -> str | None:
     """What a folder's or Hub model's config says it is: "efficientsam", "sami", ...; OSError if there is none."""
-    return PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    return read_config(name).get("model_type")
 
 
 def model_revision(name: str, revision: str | None = None) -> str:

@@ -6,6 +6,7 @@ defect and keeps its traceback. Subcommands import what is heavy inside `run`.
 """
 
 import argparse
+import io
 import re
 import sys
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from . import benchmark, convert, demo, evaluate, export, features, finetune, pr
 
 INPUT_ERROR = 2
 INTERRUPTED = 130
+LONGEST = 1000  # characters of an error on the terminal
 
 
 class UsageError(ValueError):
@@ -35,6 +37,7 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code; `argv` is `sys.argv[1:]` unless given."""
+    _print_anything()
     own_process = argv is None
     argv = _attach_negative_values(sys.argv[1:] if argv is None else argv)
     show_traceback = "--traceback" in argv
@@ -77,6 +80,15 @@ def _attach_negative_values(argv: Sequence[str]) -> list[str]:
     return joined
 
 
+def _print_anything() -> None:
+    """Print what the terminal's encoding lacks as escapes, as Python does on stderr: a name is no reason to fail."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _one_line(error: BaseException) -> str:
-    """An error's message without line breaks; its kind where it has no message."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message in a line of sane length, what a terminal would obey escaped; its kind if it is empty."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if len(text) > LONGEST:  # what is wrong stands in the beginning, what was expected often at the end
+        text = f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 4 :]}"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

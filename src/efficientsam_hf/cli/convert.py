@@ -27,8 +27,11 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and say where the result is."""
+    from transformers.utils.logging import disable_progress_bar
+
     from ..convert import convert_checkpoint
 
+    disable_progress_bar()
     config = convert_checkpoint(args.source, args.destination)
     vision = config.vision_config
     print(f"wrote {args.destination}: encoder of width {vision.hidden_size}, {vision.num_attention_heads} heads")

@@ -45,18 +45,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check_model(name: str) -> None:
-    """`ValueError` unless a folder or Hub name holds a model of this package; no code of theirs is executed."""
+    """`ValueError` unless a folder or Hub name holds a whole model of this package; no code of theirs is executed."""
     from transformers import AutoConfig
 
-    from .. import EfficientSamConfig
+    from .. import EfficientSamConfig, EfficientSamModel, EfficientSamProcessor
+    from ..pretrained import load_config, load_pretrained, load_processor
 
     check_name(name)
-    try:
-        kind = AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-    except (ValueError, OSError) as error:
-        raise ValueError(f"cannot load a model from {name}: {str(error).strip().splitlines()[0][:300]}") from error
+    kind = load_config(AutoConfig, name).model_type
     if kind != EfficientSamConfig.model_type:
         raise ValueError(f"the demo is for EfficientSAM models, {name} is of type {kind}")
+    load_processor(EfficientSamProcessor, name)
+    load_pretrained(EfficientSamModel, name)  # the app loads it again, as it does on a Space, without looking closely
 
 
 def import_app(folder: Path) -> Any:

@@ -12,12 +12,13 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..files import check_writable, write_file, write_json, write_png
+from ..files import check_writable, write_file, write_json, write_png, writing_together
 from ..models.rle_efficientsam import rle_pixels
 from ..visualization import draw_mask, line_width, object_color
 from .loading import load_model
 
 
+LABEL_IMAGES = ("labels.png", "labels.tif")
 LARGEST_OVERLAY = 2048  # pixels of its longer side
 OPACITY = 0.45  # of the tint of a mask
 LARGEST_PICTURE = 2**30  # pixels in all
@@ -124,13 +125,18 @@ def run(args: argparse.Namespace, image: Image.Image) -> int:
     result = search(generator, image, args)
     seconds = time.perf_counter() - start
     records = _records(result)
-    write_json(folder / "masks.json", {"image": args.image, "size": [image.height, image.width], "objects": records})
-    write_png(
-        folder / "overlay.png", _overlay(image, result["masks"], result["areas"].tolist(), result["boxes"].numpy())
-    )
     written = [folder / "overlay.png", folder / "masks.json"]
+    content = {"image": args.image, "size": [image.height, image.width], "objects": records}
+    with writing_together(folder) as aside:
+        write_json(aside / "masks.json", content)
+        overlay = _overlay(image, result["masks"], result["areas"].tolist(), result["boxes"].numpy())
+        write_png(aside / "overlay.png", overlay)
+        if args.label_image:
+            name = write_labels(aside, label_image(result["masks"], (image.height, image.width)))
+            written.append(folder / name)
     if args.label_image:
-        written.append(write_labels(folder, label_image(result["masks"], (image.height, image.width))))
+        for name in set(LABEL_IMAGES) - {written[-1].name}:
+            (folder / name).unlink(missing_ok=True)  # of an earlier call
     print(_summary(result, image))
     print(_effort(seconds, generator.options.points_per_crop, args.tile))
     print(f"wrote {', '.join(map(str, written[:-1]))} and {written[-1]}")
@@ -148,16 +154,15 @@ def search(generator: Any, image: Image.Image, args: argparse.Namespace) -> dict
         return generator(image, progress=lambda fraction: bar.update(fraction - bar.n))
 
 
-def write_labels(folder: Path, labels: np.ndarray) -> Path:
+def write_labels(folder: Path, labels: np.ndarray) -> str:
     """Write the numbers of pixels, (H, W) int32, as labels.png, or labels.tif where 16 bits are too few; -> which."""
-    for name in ("labels.png", "labels.tif"):
-        (folder / name).unlink(missing_ok=True)  # of an earlier call, which may have been the other one
+    png, tif = LABEL_IMAGES
     if labels.max() < 2**16:
-        write_png(folder / "labels.png", Image.fromarray(labels.astype(np.uint16)))
-        return folder / "labels.png"
+        write_png(folder / png, Image.fromarray(labels.astype(np.uint16)))
+        return png
     picture = Image.fromarray(labels.astype(np.int32))  # a PNG of Pillow has 16 bits at most
-    write_file(folder / "labels.tif", lambda path: picture.save(path, format="TIFF", compression="tiff_deflate"))
-    return folder / "labels.tif"
+    write_file(folder / tif, lambda path: picture.save(path, format="TIFF", compression="tiff_deflate"))
+    return tif
 
 
 def _records(result: dict[str, Any]) -> list[dict[str, Any]]:

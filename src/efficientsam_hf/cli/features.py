@@ -2,11 +2,14 @@
 """`efficientsam features`: a teacher's features of pictures, written once for many pretraining runs."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..files import check_writable
-from .loading import DTYPES, joined_processes, model_name, pick_device, warn_if_emulated
+from .loading import DTYPES, add_trust_option, joined_processes, model_name, pick_device, warn_if_emulated
+from .running import going_on
 
 
 DESCRIPTION = """\
@@ -36,6 +39,7 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--teacher-revision", metavar="R", help="commit, tag or branch on the Hub")
     parser.add_argument("--teacher-resolution", type=int, metavar="PIXELS", help="side of its images (its own)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="precision of its weights (float32)")
+    add_trust_option(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", metavar="DIR", help="folder of pictures")
     source.add_argument("--dataset", metavar="NAME", help="data set of the datasets library")
@@ -59,6 +63,10 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write what is missing, or check what is there."""
+    return going_on(args, lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
     _check(args)
     from transformers.utils.logging import disable_progress_bar
 
@@ -78,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             revision=args.teacher_revision,
             device=device,
             dtype=getattr(torch, args.dtype),
+            trust_remote_code=args.trust_remote_code,
         )
         if not args.check:
             return _write(args, samples, teacher)
@@ -114,7 +123,7 @@ def _write(args: argparse.Namespace, samples: Any, teacher: Any) -> int:
     from tqdm import tqdm
 
     from ..data.crops import RandomCrop
-    from ..data.feature_cache import FeatureCache, describe, remove_leftovers, write_cache
+    from ..data.feature_cache import FeatureCache, describe, write_cache
     from ..processes import collect, is_main, own_share
 
     side = args.grid or (14 if args.crops else teacher.resolution // teacher.patch_size)
@@ -123,19 +132,36 @@ def _write(args: argparse.Namespace, samples: Any, teacher: Any) -> int:
         samples, teacher, grid=(side, side), crops=args.crops, crop=crop, seed=args.seed,
         records_per_shard=args.shard_size,
     )  # fmt: skip
-    if is_main():
-        remove_leftovers(args.output)
-    collect([])
     share = own_share(index.shards)
-    done = write_cache(args.output, index, samples, teacher, share.start, share.step, args.batch_size, args.workers)
-    own = sum(len(index.records_of(number)) for number in share)
-    with tqdm(total=own, unit="record", desc="features", disable=not is_main()) as bar:
-        for count in done:
-            bar.update(count)
-    collect([])  # all are done
+    with _alone(args.output):
+        collect([])
+        done = write_cache(
+            args.output, index, samples, teacher, share.start, share.step, args.batch_size, args.workers
+        )
+        own = sum(len(index.records_of(number)) for number in share)
+        with tqdm(total=own, unit="record", desc="features", disable=not is_main()) as bar:
+            for count in done:
+                bar.update(count)
+        collect([])  # all are done
     if is_main():
         problems = FeatureCache(args.output).problems()
         print(f"wrote {args.output}: {index.records} records, {index.shards} shards, {len(problems)} pictures unread")
         for number, reason in list(problems.items())[:10]:
             print(f"  picture {number}: {reason}")
     return 0
+
+
+@contextmanager
+def _alone(output: str) -> Iterator[None]:
+    """No other command writes in the cache; of several processes of this one the main one sees to it."""
+    from ..data.feature_cache import remove_leftovers
+    from ..files import FolderLock
+    from ..processes import is_main
+
+    if not is_main():
+        yield
+        return
+    Path(output).mkdir(parents=True, exist_ok=True)
+    with FolderLock(Path(output)):
+        remove_leftovers(output)
+        yield

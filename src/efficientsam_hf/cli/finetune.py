@@ -127,6 +127,7 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
         SamiForPreTraining,
     )
     from ..identity import model_type
+    from ..pretrained import load_pretrained, load_processor
     from ..training.prompt_inputs import check_prompt_tokens, load_with_inputs
 
     image_size = arguments.stages()[-1].image_size
@@ -141,7 +142,7 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
     if source in ("ti", "s", "b"):
         model = EfficientSamModel(EfficientSamConfig.from_preset(source, vision_config=vision, **overrides))
     elif (architecture := model_type(source)) == "sami":
-        sami = SamiForPreTraining.from_pretrained(source, dtype=torch.float32)
+        sami = load_pretrained(SamiForPreTraining, source, dtype=torch.float32)
         vision = {**sami.config.vision_config.to_dict(), "output_channels": 256, **vision}
         model = EfficientSamModel.from_sami(sami, EfficientSamConfig(vision_config=vision, **overrides))
     elif architecture != "efficientsam":
@@ -157,7 +158,7 @@ def build_model(arguments: Any) -> tuple[Any, Any]:
         changes = arguments.overrides().get("prompt_encoder_config", {})
         model = load_with_inputs(source, changes, arguments.parts("freeze"))
         model.config.vision_config.image_size = image_size
-        image_processor = EfficientSamImageProcessor.from_pretrained(source, size=image_size)
+        image_processor = load_processor(EfficientSamImageProcessor, source, size=image_size)
     image_processor.mask_generation |= arguments.generation_options()
     image_processor.mask_cleaning |= arguments.cleaning_options()
     check_prompt_tokens(model, arguments.sampling())
@@ -237,14 +238,16 @@ def _scene_samples(arguments: Any) -> list[dict[str, Any]]:
 
 
 def _coco_samples(arguments: Any) -> dict[str, Any]:
-    """Samples to evaluate on, by name; ValueError for a damaged one, which would end the run at an evaluation."""
+    """Samples to evaluate on, by name; damaged ones are named now, and ValueError if there are no others."""
     if not arguments.eval_annotations:
         return {}
     from ..data.coco import CocoSamples
+    from ..evaluation.skipped import report_skipped, try_reading
 
     samples = CocoSamples(arguments.eval_annotations, arguments.eval_images)
-    for index in range(min(len(samples), arguments.eval_limit or len(samples))):
-        samples[index]
+    count = min(len(samples), arguments.eval_limit or len(samples))
+    damages = [(index, try_reading(samples.__getitem__, index)[1]) for index in range(count)]
+    report_skipped([(index, damage) for index, damage in damages if damage], count, None)
     return {"coco": samples}
 
 
@@ -256,7 +259,8 @@ def _evaluation(sets: dict[str, Any], arguments: Any) -> Callable[[Any], dict[st
         numbers = {}
         for name, samples in sets.items():
             limit = arguments.eval_limit if name == "coco" else None
-            result = evaluate(module.model, module.processor, samples, limit=limit, progress=False)
+            options = {"limit": limit, "progress": False, "report": lambda *known: None}  # named before the run
+            result = evaluate(module.model, module.processor, samples, **options)
             for prompt in PROMPTS:
                 numbers[f"{name}/{prompt}"] = result[prompt]["miou"]
                 numbers[f"{name}/{prompt}_oracle"] = result[prompt]["oracle_miou"]

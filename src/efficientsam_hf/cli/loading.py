@@ -15,10 +15,21 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add --device and --dtype."""
+    """Add --device, --dtype and --trust-remote-code."""
     group = parser.add_argument_group("model")
     group.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: a GPU where there is one)")
     group.add_argument("--dtype", choices=DTYPES, help="precision of the weights (default: as in the model's config)")
+    add_trust_option(group)
+
+
+def add_trust_option(group: argparse._ActionsContainer) -> None:
+    """Add --trust-remote-code."""
+    group.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run the code that lies beside a model of a kind that transformers does not know: it can do on this "
+        "machine whatever you may do. Without this no code of a model runs, and nothing is asked",
+    )
 
 
 def add_cleaning_options(parser: argparse.ArgumentParser) -> None:
@@ -51,34 +62,26 @@ def check_cleaning(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
-    """Model in evaluation mode on its device, and processor; `ValueError` or `OSError` that names what is wrong.
+    """Model in evaluation mode on its device, and processor; one line that names what is wrong as `load_pretrained`.
 
     `name` is a folder or a Hub name, None or `default` the checkpoint that ships; `args` has what `add_model_options`
     and `add_cleaning_options` added.
     """
     import torch
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
     from transformers import AutoModelForMaskGeneration, AutoProcessor
-    from transformers.utils import logging
+
+    from ..pretrained import load_pretrained, load_processor
 
     device = pick_device(args.device)
     if args.dtype:
         warn_if_emulated("--dtype", args.dtype, device)
     name = model_name(name or "default")
     check_name(name)
-    options = {"dtype": getattr(torch, args.dtype)} if args.dtype else {}
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # "Loading weights" is over before it can be read
-    try:
-        model = AutoModelForMaskGeneration.from_pretrained(name, **options)
-        processor = AutoProcessor.from_pretrained(name)
-    except (ValueError, OSError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load a promptable model from {name}: {reason[:300]}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
+    options = {"trust_remote_code": args.trust_remote_code, "what": "promptable model"}
+    processor = load_processor(AutoProcessor, name, **options)  # first: it is the cheaper one to refuse
+    if args.dtype:
+        options["dtype"] = getattr(torch, args.dtype)
+    model = load_pretrained(AutoModelForMaskGeneration, name, **options)
     _set_cleaning(processor, check_cleaning(args), name)
     return model.to(device).eval(), processor
 

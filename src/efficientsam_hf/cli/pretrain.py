@@ -2,11 +2,10 @@
 """`efficientsam pretrain`: SAMI, masked image pretraining with a teacher's features, or MAE."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
-from ..files import write_json
+from ..files import read_json, write_json
 from .loading import model_name, warn_if_emulated
 from .running import (
     add_fields,
@@ -95,7 +94,9 @@ def _check_target(arguments: Any, teacher: Any, cache: Any) -> None:
         dtype = str(next(teacher.model.parameters()).dtype).removeprefix("torch.")
         now = {"revision": teacher.revision, "resolution": teacher.resolution, "dtype": dtype}
     path = Path(arguments.output_dir) / "teacher.json"
-    before = json.loads(path.read_text()) if path.is_file() else now
+    before = read_json(path) if path.is_file() else now
+    if not isinstance(before, dict):
+        raise ValueError(f"resume: {path} is damaged, it does not say whose features the run learns")
     if before != now:
         changes = ", ".join(f"{name} was {before.get(name)!r} and is {value!r}" for name, value in now.items())
         raise ValueError(f"resume: {arguments.output_dir} learnt other features: {changes}")
@@ -109,6 +110,7 @@ def build_student(arguments: Any, target_width: int) -> Any:
 
     from .. import SamiConfig, SamiForPreTraining
     from ..identity import model_type
+    from ..pretrained import load_pretrained
     from ..training.crop_preparation import PATCH_SIZE
 
     fields = arguments.student_fields(target_width or 256, arguments.stages()[-1].image_size)
@@ -120,7 +122,7 @@ def build_student(arguments: Any, target_width: int) -> Any:
             raise ValueError(f"model: {arguments.model} is of model_type {architecture!r}, not a SAMI model")
         if arguments.overrides():
             raise ValueError("model_overrides is for presets (ti, s, b); a checkpoint keeps its config")
-        model = SamiForPreTraining.from_pretrained(arguments.model, dtype=torch.float32)
+        model = load_pretrained(SamiForPreTraining, arguments.model, dtype=torch.float32)
         model.config.vision_config.image_size = arguments.stages()[-1].image_size
         _check_same(model.config, fields, arguments.model)
     if model.config.vision_config.patch_size != PATCH_SIZE:

@@ -2,6 +2,7 @@
 """`efficientsam push`: a run, or a model folder, becomes a repository on the Hub."""
 
 import argparse
+import re
 from pathlib import Path
 
 
@@ -13,8 +14,11 @@ folder that efficientsam export or convert wrote, which is published as it is.
   efficientsam push runs/nuclei my-name/efficientsam-nuclei --metrics metrics.json --dry-run
   efficientsam push runs/nuclei my-name/efficientsam-nuclei --metrics metrics.json --space my-name/nuclei-demo
 
-Log in with `hf auth login`, or set HF_TOKEN. A command that was cut off is given again: nothing is published by
-halves, and weights that arrived are not sent twice."""
+Log in with `hf auth login`, or set HF_TOKEN, or give --token-file. A command that was cut off is
+given again: nothing is published by halves, and weights that arrived are not sent twice."""
+
+
+LONGEST_TOKEN = 1000
 
 
 def add_parser(subparsers: argparse._SubParsersAction) -> None:
@@ -39,7 +43,14 @@ def add_parser(subparsers: argparse._SubParsersAction) -> None:
     group.add_argument("--tag", metavar="NAME", help="name for the commit, such as v1.0")
     group.add_argument("--message", default="Upload model", help="first line of the commit")
     group.add_argument("--space", metavar="SPACE_ID", help="create or update a Gradio Space that shows the model")
-    group.add_argument("--token", metavar="TOKEN", help="instead of that of `hf auth login`")
+    tokens = group.add_mutually_exclusive_group()
+    tokens.add_argument("--token-file", metavar="FILE", help="file with a token, instead of that of `hf auth login`")
+    tokens.add_argument(
+        "--token",
+        metavar="TOKEN",
+        help="the token itself; whoever is logged in on this machine can read it in the list of processes (ps), and "
+        "the shell keeps it in its history, so one of the other ways is better",
+    )
     parser.set_defaults(run=run)
 
 
@@ -61,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from ..hub.push import HubTarget, check_repo_id, check_space, push_folder, push_space, read_folder
     from ..space import space_folder
 
+    token = read_token(args.token, args.token_file)
     target = HubTarget(args.repo_id, args.private, args.branch, args.pull_request, args.tag, args.gated, args.message)
     if args.space:
         check_repo_id("--space", args.space)
@@ -73,14 +85,31 @@ def run(args: argparse.Namespace) -> int:
         _print_plan(args, folder, files)
         return 0
     if args.space:
-        check_space(args.space, args.repo_id, files, args.private, args.token)
-    print(f"published {push_folder(folder, target, args.token)}")
+        check_space(args.space, args.repo_id, files, args.private, token)
+    print(f"published {push_folder(folder, target, token)}")
     if args.space:
-        address, needs_token = push_space(args.space, args.repo_id, space_folder(), args.token)
+        address, needs_token = push_space(args.space, args.repo_id, space_folder(), token)
         print(f"published {address}")
         if needs_token:
             print(f"not everyone may read the model: give {args.space} a secret HF_TOKEN that may")
     return 0
+
+
+def read_token(token: str | None, file: str | None) -> str | None:
+    """The token that is given, or the one in a file; None if neither is. No error shows any of it."""
+    option = "--token"
+    if file is not None:
+        option = f"--token-file {file}"
+        try:
+            with open(file, encoding="ascii") as opened:
+                token = opened.read(LONGEST_TOKEN + 1).strip()
+        except UnicodeDecodeError:
+            raise ValueError(f"{option} does not hold a token: it is no text in ASCII") from None
+        except OSError as error:
+            raise OSError(f"{option} cannot be read: {error.strerror}") from None
+    if token is not None and not re.fullmatch(rf"[!-~]{{1,{LONGEST_TOKEN}}}", token):
+        raise ValueError(f"{option} does not hold a token: expected one word of ASCII, got {len(token)} characters")
+    return token
 
 
 def _folder(args: argparse.Namespace) -> Path:

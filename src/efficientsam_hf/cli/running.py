@@ -2,6 +2,8 @@
 """What the training commands share: fields from a recipe and from flags, and how a run ends."""
 
 import argparse
+import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -32,25 +34,79 @@ def run_training(
 
     `usual(flags)` is what stands in the place of a recipe where none is given.
     """
+    flags = {name: value for name, value in vars(args).items() if name in kind.__dataclass_fields__}
+    args.run_folder = None
+    return going_on(args, lambda: _train(args, command, kind, train, usual, flags))
+
+
+def _train(
+    args: argparse.Namespace, command: str, kind: type, train: Callable, usual: Callable, flags: dict[str, Any]
+) -> int:
     import torch
 
     from ..allocator import keep_freed_memory
+    from ..processes import is_main
     from ..training.arguments import build_arguments, read_recipe
 
-    flags = {name: value for name, value in vars(args).items() if name in kind.__dataclass_fields__}
     recipe = read_recipe(args.recipe, command) if args.recipe else usual(flags)
     arguments = build_arguments(kind, recipe, flags)
+    args.run_folder = Path(arguments.output_dir)
     if args.own_process and (arguments.cpu or not torch.cuda.is_available()):
         keep_freed_memory()
     summary = train(arguments)
+    stopped = 0 if summary["interrupted"] is None else STOPPED + signal.Signals[summary["interrupted"]]
+    shown = is_main()
     _leave_other_processes()
-    print(
+    if not shown:
+        return stopped
+    say(
         f"{summary['steps']} steps, {summary['images']} images in {summary['minutes']:.1f} minutes "
         f"({summary['images_per_s']:.1f} images/s); model: {Path(arguments.output_dir) / 'model'}"
     )
     if summary["skipped"]:
-        print(f"{summary['skipped']} samples could not be used; log.jsonl names them and says why")
-    return 0 if summary["interrupted"] is None else STOPPED + signal.Signals[summary["interrupted"]]
+        say(f"{summary['skipped']} samples could not be used; log.jsonl names them and says why")
+    if stopped:
+        say_interrupted(args, summary["interrupted"], f"saved at step {summary['steps']}", resume=True)
+    return stopped
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print, if there is still somebody to read it: a terminal that was closed is no reason to fail."""
+    stream = "stderr" if error else "stdout"
+    try:
+        print(text, file=getattr(sys, stream), flush=True)
+    except OSError:
+        setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
+
+
+def say_interrupted(args: argparse.Namespace, name: str, state: str, resume: bool) -> None:
+    """Say by what a command was ended, what is left, and the command that goes on, as it was typed."""
+    words = [*args.argv, *(["--resume"] if resume and not getattr(args, "resume", False) else [])]
+    launched = ", given to the same launcher" if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    command = shlex.join(["efficientsam", *words])
+    say(f"efficientsam: interrupted by {name}, {state}; this goes on{launched}: {command}", error=True)
+
+
+def going_on(args: argparse.Namespace, work: Callable[[], int]) -> int:
+    """Do the work of a command that can go on; a signal that ends it is named, with the command for that."""
+    from ..processes import is_main
+    from ..training.stop_signals import handled
+
+    received = [signal.SIGINT]
+
+    def interrupt(number: int, frame: Any) -> None:
+        received[0] = signal.Signals(number)
+        raise KeyboardInterrupt
+
+    try:
+        with handled(interrupt):
+            return work()
+    except KeyboardInterrupt:
+        folder = getattr(args, "run_folder", None)
+        resume = folder is not None and (folder / "args.json").is_file()
+        if is_main():
+            say_interrupted(args, received[0].name, "what it has saved is kept", resume)
+        return STOPPED + received[0]
 
 
 def make_trainable(model: Any, arguments: Any) -> None:

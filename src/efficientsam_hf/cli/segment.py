@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..files import check_writable, write_json, write_png
+from ..files import check_writable, write_json, write_png, writing_together
 from ..models.rle_efficientsam import encode_rle
 from ..visualization import draw_labels, draw_masks, draw_prompts, label_anchors, object_color
 from . import everything
@@ -121,7 +121,8 @@ def run(args: argparse.Namespace) -> int:
     check_writable(folder)
     model, processor = load_model(args.model, args)
     candidates, scores = segment(model, processor, image, objects, mask_prompt, args.all_masks)
-    records = write_results(folder, args.image, image, objects, candidates, scores)
+    with writing_together(folder) as aside:
+        records = write_results(aside, args.image, image, objects, candidates, scores)
     print("\n".join([format_table(records), *low_scores(records)]))
     print(f"wrote {folder / 'overlay.png'}, {folder / 'masks.json'} and {sum(len(r['files']) for r in records)} masks")
     return 0
@@ -233,6 +234,8 @@ def segment(
     with torch.no_grad():
         outputs = model(**{name: value.to(model.device) for name, value in inputs.items()}, multimask_output=True)
     scores = outputs.iou_scores[0].float().cpu()
+    if not scores.isfinite().all():
+        raise ValueError(f"the scores of the model are not finite numbers, computed in {model.dtype}")
     keep = scores.argsort(dim=-1, descending=True, stable=True)[:, : 3 if all_masks else 1]
     masks = []
     for index, order in enumerate(keep):  # one object at a time: full-size logits of all of them may not fit

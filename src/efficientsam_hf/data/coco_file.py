@@ -4,8 +4,9 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..files import read_json
 from ..models.checks_efficientsam import short
-from .json_content import identity, positive, read_json
+from .json_values import identity, positive
 
 
 KEYS = frozenset(
@@ -51,7 +52,9 @@ class CocoFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        content = read_json(self.path, "annotation file", KEYS)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"annotation file {self.path} does not exist or is not a file")
+        content = read_json(self.path, KEYS)
         entries = {name: self._entries(content, name) for name in ("images", "annotations")}
         del content["images"], content["annotations"]
         self.images = [self._image(place, entry) for place, entry in enumerate(entries["images"])]

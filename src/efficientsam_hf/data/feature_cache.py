@@ -9,10 +9,12 @@ to make and without end, but the teacher never saw the part alone).
 
 import hashlib
 import json
+import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
-from itertools import groupby
+from itertools import count, groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..files import PARTIAL, write_file, write_json
+from ..files import PARTIAL, read_json, write_file, write_json, writer_of
 from .crops import Box, RandomCrop, crop, part_of_map
 from .images import SceneImages
 from .numbered_batches import ordered_batches
@@ -30,6 +32,11 @@ from .teacher import Teacher
 
 INDEX = "index.json"
 HANDLES = 256  # open shards
+
+
+def _check_count(name: str, value: Any, smallest: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not smallest <= value < 2**53:
+        raise ValueError(f"{name} must be a whole number of at least {smallest}, got {str(value)[:100]}")
 
 
 @dataclass(frozen=True)
@@ -57,11 +64,20 @@ class CacheIndex:
     records_per_shard: int = 512
 
     def __post_init__(self):
-        for name in ("images", "records_per_shard"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.crops < 0 or min(self.grid) < 1:
-            raise ValueError(f"crops must be at least 0 and grid at least 1 x 1, got {self.crops} and {self.grid}")
+        for name in ("teacher", "revision", "dtype", "pictures"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be text, got {getattr(self, name)!r}")
+        least = {"images": 1, "records_per_shard": 1, "resolution": 1, "width": 1, "crops": 0, "seed": 0}
+        for name, smallest in least.items():
+            _check_count(name, getattr(self, name), smallest)
+        for name in ("grid", "scenes"):
+            pair = getattr(self, name)
+            if not isinstance(pair, tuple) or len(pair) != 2:
+                if name == "grid" or pair is not None:
+                    raise ValueError(f"{name} must be two numbers, got {str(pair)[:100]}")
+                continue
+            for value in pair:
+                _check_count(name, value, 1 if name == "grid" else 0)
 
     @property
     def records(self) -> int:
@@ -97,12 +113,12 @@ class CacheIndex:
         if not path.is_file():
             raise FileNotFoundError(f"{folder} is no cache of features: it has no {INDEX}")
         try:
-            content = json.loads(path.read_text())
+            content = read_json(path)
             scenes = content["scenes"] and tuple(content["scenes"])
             crop = RandomCrop(**content["crop"])
             return cls(**{**content, "grid": tuple(content["grid"]), "crop": crop, "scenes": scenes})
         except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no index of a cache: {error}") from error
+            raise ValueError(f"{path} is no index of a cache: {str(error)[:200]}") from error
 
     def check_same(self, other: "CacheIndex", folder: str | Path) -> None:
         """ValueError that names how a cache in `folder`, described by this index, differs from what is wanted."""
@@ -151,7 +167,7 @@ def write_cache(
     own = range(rank, index.shards, processes)
     missing = [number for number in own if not shard_path(folder, number).is_file()]
     for number in sorted(set(own) - set(missing)):
-        _check_shard(shard_path(folder, number), index)
+        _read_table(shard_path(folder, number), index, number)
     yield sum(len(index.records_of(number)) for number in own) - sum(len(index.records_of(n)) for n in missing)
     shard = _Shard()
     groups = (group for number in missing for group in _groups(index.records_of(number), batch_size))
@@ -182,19 +198,89 @@ def remove_leftovers(folder: str | Path) -> None:
         path.unlink()
 
 
-def _check_shard(path: Path, index: CacheIndex) -> None:
-    """ValueError if a shard is damaged, or another cache's."""
+@dataclass(frozen=True)
+class _Table:
+    """What a shard says of its rows."""
+
+    records: np.ndarray  # (n,) int64, ascending
+    parts: np.ndarray  # (n, 7) int64
+    checksums: np.ndarray | None  # (n,) int64, of the features; None in a shard of an earlier version
+    image_ids: list[str]
+    problems: dict[str, str]  # pictures that could not be read, by their number
+
+
+def _read_table(path: Path, index: CacheIndex, number: int) -> _Table:
+    """All of shard `number` but the features; ValueError if it is damaged, or a shard of another cache."""
     try:
         with safe_open(path, "pt") as file:
-            found = file.metadata().get("index")
-    except (SafetensorError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; delete it and give the command again") from None
-    if found != index.fingerprint:
+            metadata = file.metadata() or {}
+            own = metadata.get("index") == index.fingerprint
+            table = _table(file, metadata, index, number) if own else None
+    except (SafetensorError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+        reason = str(error)[:200]
+        raise ValueError(f"{path} is damaged: {reason}; delete it and give the command that makes it again") from None
+    if table is None:
         raise ValueError(f"{path} is a shard of another cache; choose another folder, or delete what is in this one")
+    return table
+
+
+def _table(file: Any, metadata: dict[str, str], index: CacheIndex, number: int) -> _Table:
+    shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - it is no dict
+    rows, cells = shapes["records"][0], index.grid[0] * index.grid[1]
+    if shapes["features"] != (rows, cells, index.width) or shapes["parts"] != (rows, 7):
+        raise ValueError(f"features of shape {shapes['features']}, expected {(rows, cells, index.width)}")
+    if file.get_slice("features").get_dtype() != "F16":
+        raise ValueError("its features are not float16")
+    table = _Table(
+        file.get_tensor("records").numpy(),
+        file.get_tensor("parts").numpy(),
+        file.get_tensor("checksums").numpy() if "checksums" in shapes else None,
+        json.loads(metadata["image_ids"]),
+        json.loads(metadata["problems"]),
+    )
+    if table.checksums is not None and metadata.get("table") != _table_checksum(table):
+        raise ValueError("the checksum of its records is another")
+    _check_records(table, index, number)
+    return table
+
+
+def _table_checksum(table: _Table) -> str:
+    digest = hashlib.sha256()
+    for column in (table.records, table.parts, table.checksums):
+        digest.update(np.ascontiguousarray(column, np.int64).tobytes())
+    digest.update(json.dumps([table.image_ids, table.problems]).encode())
+    return digest.hexdigest()
+
+
+def _check_records(table: _Table, index: CacheIndex, number: int) -> None:
+    """ValueError unless a shard holds all records of its range but those of pictures that could not be read."""
+    expected, records, views = index.records_of(number), table.records, max(index.crops, 1)
+    if not isinstance(table.image_ids, list) or len(table.image_ids) != len(records):
+        raise ValueError(f"it has not one name of a picture for each of its {len(records)} records")
+    if not isinstance(table.problems, dict):
+        raise ValueError("its list of unread pictures is none")
+    unread = {int(picture) for picture in table.problems}
+    without = sum(len(range(max(p * views, expected[0]), min((p + 1) * views, expected[-1] + 1))) for p in unread)
+    inside = len(records) == 0 or (records[0] >= expected[0] and records[-1] <= expected[-1])
+    ascending = records.dtype == np.int64 and bool((np.diff(records) > 0).all())
+    complete = len(records) + without == len(expected) and not unread & set((records // views).tolist())
+    if not (inside and ascending and complete):
+        raise ValueError(f"its records are not those from {expected[0]} to {expected[-1]}")
+
+
+def feature_checksum(features: torch.Tensor) -> int:
+    """Of one record's features (h * w, C) float16."""
+    return zlib.crc32(features.contiguous().numpy().tobytes())
 
 
 def _groups(records: range, batch_size: int) -> list[range]:
     return [records[start : start + batch_size] for start in range(0, len(records), batch_size)]
+
+
+def _present(folder: Path) -> set[int]:
+    """Numbers of the shards that are there; an index may claim any number of them."""
+    names = (re.fullmatch(r"features-([0-9]{6,18})\.safetensors", path.name) for path in folder.iterdir())
+    return {int(name[1]) for name in names if name}
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -221,21 +307,27 @@ class _Shard:
             self.image_ids += batch["image_ids"]
 
     def write(self, path: Path, index: CacheIndex) -> None:
-        """Features (n, h * w, C) float16, records (n,) int64, and parts (n, 7) int64: left, top, right, bottom,
-        mirrored, and width and height of the picture; names of pictures, problems and the index's print as metadata.
+        """Features (n, h * w, C) float16, their checksums (n,) int64, records (n,) int64, and parts (n, 7) int64:
+        left, top, right, bottom, mirrored, and width and height of the picture; names of pictures, problems, the
+        index's print and a checksum of all but the features as metadata.
         """
         empty = torch.zeros(0, index.grid[0] * index.grid[1], index.width, dtype=torch.float16)
-        tensors = {
-            "features": torch.cat([empty, *self.features]),
-            "records": torch.tensor(self.records, dtype=torch.int64),
-            "parts": torch.tensor(self.parts, dtype=torch.int64).reshape(-1, 7),
-        }
+        features = torch.cat([empty, *self.features])
+        table = _Table(
+            np.array(self.records, np.int64),
+            np.array(self.parts, np.int64).reshape(-1, 7),
+            np.array([feature_checksum(row) for row in features], np.int64),
+            self.image_ids,
+            self.problems,
+        )
         names = {
             "index": index.fingerprint,
             "image_ids": json.dumps(self.image_ids),
             "problems": json.dumps(self.problems),
+            "table": _table_checksum(table),
         }
-        write_file(path, lambda temporary: save_file(tensors, temporary, metadata=names))
+        columns = {name: torch.from_numpy(getattr(table, name)) for name in ("records", "parts", "checksums")}
+        write_file(path, lambda temporary: save_file({"features": features, **columns}, temporary, metadata=names))
 
 
 def _half_features(teacher: Teacher, batch: dict[str, Any], grid: tuple[int, int]) -> torch.Tensor:
@@ -287,68 +379,71 @@ class _Parts:
 
 
 class FeatureCache:
-    """A complete cache to read from; maps are read when they are asked for.
+    """A complete cache to read from; maps are read when they are asked for, and checked then.
 
-    Raises FileNotFoundError if the folder is no cache, and ValueError if shards are missing.
+    Raises FileNotFoundError if the folder is no cache, and ValueError if shards are missing, damaged or another one's.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.index = CacheIndex.read(folder)
-        missing = [n for n in range(self.index.shards) if not shard_path(self.folder, n).is_file()]
+        present = _present(self.folder)
+        missing = self.index.shards - sum(number < self.index.shards for number in present)
         if missing:
+            first = next(number for number in count() if number not in present)
             raise ValueError(
-                f"cache {folder} is not complete: {len(missing)} of {self.index.shards} shards are missing, the first "
-                f"is {shard_path(self.folder, missing[0]).name}; run the command that makes it again"
+                f"cache {folder} is not complete: {missing} of {self.index.shards} shards are missing, the first "
+                f"is {shard_path(self.folder, first).name}; {self._what_to_do()}"
             )
+        self._problems: dict[str, str] = {}
+        for number in range(self.index.shards):
+            self._problems |= _read_table(shard_path(self.folder, number), self.index, number).problems
+
+    def _what_to_do(self) -> str:
+        writer = writer_of(self.folder)
+        return "run the command that makes it again" if writer is None else f"it is in use by {writer}; wait for it"
 
     def features(self, record: int) -> torch.Tensor:
-        """(h * w, C) float16; ValueError for a picture that could not be read, and for numbers that are not finite."""
-        file, row = self._find(record)
+        """(h * w, C) float16; ValueError for a picture that could not be read, and for numbers that are damaged."""
+        file, table, row = self._find(record)
         features = file.get_slice("features")[row]
+        which = f"cache {self.folder}: features of record {record}, picture {table.image_ids[row]},"
+        if table.checksums is not None and feature_checksum(features) != table.checksums[row]:
+            raise ValueError(f"{which} are damaged: their checksum is another")
         if not features.isfinite().all():
-            name = json.loads(file.metadata()["image_ids"])[row]
-            raise ValueError(f"cache {self.folder}: features of record {record}, picture {name}, are not finite")
+            raise ValueError(f"{which} are not finite")
         return features
 
     def part(self, record: int, size: tuple[int, int]) -> tuple[Box, bool]:
         """The part that a record is of, and whether it is mirrored; ValueError unless the picture has this size."""
-        file, row = self._find(record)
-        *box, mirrored, width, height = file.get_slice("parts")[row].tolist()
+        _, table, row = self._find(record)
+        *box, mirrored, width, height = table.parts[row].tolist()
         if (width, height) != size:
-            name = json.loads(file.metadata()["image_ids"])[row]
             raise ValueError(
-                f"cache {self.folder}: picture {name} had {width} x {height} pixels when its features were made, and "
-                f"has {size[0]} x {size[1]}"
+                f"cache {self.folder}: picture {table.image_ids[row]} had {width} x {height} pixels when its features "
+                f"were made, and has {size[0]} x {size[1]}"
             )
         return tuple(box), bool(mirrored)
 
-    def _find(self, record: int) -> tuple[Any, int]:
-        """The shard of a record, open, and its row there."""
-        path = shard_path(self.folder, record // self.index.records_per_shard)
-        try:
-            file, records = _open_shard(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}; delete it and make it again") from None
-        row = int(np.searchsorted(records, record))
-        if row == len(records) or records[row] != record:
+    def _find(self, record: int) -> tuple[Any, _Table, int]:
+        """The shard of a record, open, with its table and the record's row."""
+        file, table = _open_shard(self.folder, self.index, record // self.index.records_per_shard)
+        row = int(np.searchsorted(table.records, record))
+        if row == len(table.records) or table.records[row] != record:
             raise ValueError(f"cache {self.folder} has no features of record {record}: its picture could not be read")
-        return file, row
+        return file, table, row
 
     def problems(self) -> dict[str, str]:
         """Pictures that could not be read, by their number."""
-        result: dict[str, str] = {}
-        for number in range(self.index.shards):
-            with safe_open(shard_path(self.folder, number), "pt") as file:
-                result |= json.loads(file.metadata()["problems"])
-        return result
+        return self._problems
 
 
 @lru_cache(maxsize=HANDLES)
-def _open_shard(path: Path) -> tuple[Any, np.ndarray]:
-    """A shard to read from, and the record of each of its rows, ascending."""
-    file = safe_open(path, "pt").__enter__()
-    return file, file.get_tensor("records").numpy()
+def _open_shard(folder: Path, index: CacheIndex, number: int) -> tuple[Any, _Table]:
+    """A shard to read from, and its table."""
+    path = shard_path(folder, number)
+    table = _read_table(path, index, number)
+    return safe_open(path, "pt").__enter__(), table
 
 
 @dataclass(frozen=True)

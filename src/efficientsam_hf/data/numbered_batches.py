@@ -50,12 +50,13 @@ def _end_workers() -> None:
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """A batch system signals every process of a job; the main one needs its workers until it has saved.
+    """Batch systems and closed terminals signal every process; the main one needs its workers until it has saved.
 
     Workers end with the loader, which tells them, or with the main process, which they watch.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Made(Dataset):

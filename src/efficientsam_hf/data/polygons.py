@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ..models.checks_efficientsam import short
-from .json_content import finite
+from .json_values import finite
 
 
 NEAR = 1e5  # pixels: coordinates up to here cost pycocotools little, and are drawn as it draws them

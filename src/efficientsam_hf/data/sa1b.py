@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files import parse_json
 from ..models.image_processing_efficientsam import open_image
 from .images import visible_files
-from .json_content import parse_json
 from .rle_masks import RleMasks
 from .tars import stream_rows, tar_files
 

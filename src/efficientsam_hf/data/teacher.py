@@ -17,9 +17,11 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..identity import model_revision
 from ..models.modeling_efficientsam_vision import EfficientSamVisionModel
 from ..models.modeling_sami import SamiForPreTraining
+from ..pretrained import check_preprocessing, load_config, load_pretrained
 
 
 PARTS = ("vision_model", "vision_encoder")  # where models of two modalities, and promptable ones, keep the encoder
+UNUSED = r"(^|\.)pooler\."  # of a ViT that was saved with a head; what is used comes before it
 
 
 @dataclass
@@ -95,12 +97,14 @@ def load_teacher(
     dtype: torch.dtype | None = None,
     mean: tuple[float, float, float] | None = None,
     std: tuple[float, float, float] | None = None,
+    trust_remote_code: bool = False,
 ) -> Teacher:
     """Load the encoder of a transformers vision model (SAM, CLIP, SigLIP, DINOv2 and v3, ViT, ...) or of one of ours.
 
     `resolution` is that of its training unless it is given; position tables are resized for another one. For SAM the
     paper leaves it open: 224 makes SAM's own grid the student's, 1024 is what SAM was made for. `mean` and `std` are
-    those of its image processor unless they are given. Features are the encoder's `last_hidden_state`, without CLS and
+    those of its image processor unless they are given. Code beside a model of an unknown kind runs only with
+    `trust_remote_code`. Features are the encoder's `last_hidden_state`, without CLS and
     register tokens: of SAM and EfficientSAM the image embeddings, of a SAMI model the tokens after its final norm, of
     CLIP the tokens before its last norm, which is for the CLS token alone.
 
@@ -109,7 +113,7 @@ def load_teacher(
     """
     commit = model_revision(name, revision)
     revision = None if Path(name).is_dir() else commit  # of all that is loaded
-    config = AutoConfig.from_pretrained(name, revision=revision)
+    config = load_config(AutoConfig, name, revision, trust_remote_code)
     vision = getattr(config, "vision_config", config)
     own_size, patch_size = (_side(getattr(vision, field, None)) for field in ("image_size", "patch_size"))
     if not own_size or not patch_size:
@@ -122,7 +126,11 @@ def load_teacher(
         mean, std = mean or processor.get("image_mean"), std or processor.get("image_std")
     if not mean or not std:
         raise ValueError(f"teacher {name}: its image processor has no image_mean and image_std")
-    model = _load_encoder(name, config.model_type, revision, dtype)
+    try:
+        check_preprocessing({"image_mean": mean, "image_std": std})
+    except ValueError as error:
+        raise ValueError(f"teacher {name}: {error}") from None
+    model = _load_encoder(name, config.model_type, revision, dtype, trust_remote_code)
     if getattr(getattr(model, "pos_embed", None), "ndim", 0) == 4:  # SAM
         _resize_positions(model, resolution // patch_size, patch_size)
     of_tokens = config.model_type == "sami"  # whose config knows the neck that only segmentation has
@@ -148,13 +156,16 @@ def _side(size: Any) -> int | None:
     return size
 
 
-def _load_encoder(name: str, model_type: str, revision: str | None, dtype: torch.dtype | None) -> nn.Module:
+def _load_encoder(
+    name: str, model_type: str, revision: str | None, dtype: torch.dtype | None, trust_remote_code: bool
+) -> nn.Module:
     options: dict[str, Any] = {"revision": revision, **({"dtype": dtype} if dtype else {})}
     if model_type == "sami":
-        return _SamiTokens(SamiForPreTraining.from_pretrained(name, **options))
+        return _SamiTokens(load_pretrained(SamiForPreTraining, name, **options))
     if model_type.startswith("efficientsam"):
-        return EfficientSamVisionModel.from_pretrained(name, **options)
-    model = AutoModel.from_pretrained(name, **options)
+        return load_pretrained(EfficientSamVisionModel, name, part=True, **options)
+    options |= {"trust_remote_code": trust_remote_code, "optional": UNUSED, "part": True}
+    model = load_pretrained(AutoModel, name, **options)
     return next((getattr(model, part) for part in PARTS if hasattr(model, part)), model)
 
 

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from ..data.coco import CocoObject, CocoSamples
 from ..data.coco_file import CocoFile
-from ..data.json_content import finite, identity, read_json
+from ..data.json_values import finite, identity
+from ..files import read_json
 from ..metrics import mask_iou
 from ..models.checks_efficientsam import short
 from ..models.rle_efficientsam import encode_rle
@@ -159,7 +160,10 @@ def _go_through(
 
 def read_detections(path: str | Path) -> list[dict[str, Any]]:
     """Read a COCO results file of boxes; `FileNotFoundError`, or `ValueError` that names the first bad entry."""
-    content = read_json(Path(path), "detections")
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"detections {path} does not exist or is not a file")
+    content = read_json(path)
     check_detections(content, str(path))
     return content
 

@@ -13,13 +13,16 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from ..averaging import average_weights
-from ..files import write_folder, write_json, write_text
+from ..files import check_place, write_folder, write_json, write_text
 from ..identity import model_revision, model_type
 from ..models.configuration_efficientsam import EfficientSamConfig
 from ..models.configuration_sami import SamiConfig
+from ..models.image_processing_efficientsam import open_image
 from ..models.modeling_efficientsam import EfficientSamModel
 from ..models.modeling_sami import SamiForPreTraining
 from ..models.processing_efficientsam import EfficientSamProcessor
+from ..pretrained import load_pretrained, load_processor
+from .contents import POINTERS, refuse_links
 from .model_card import PREVIEW, Export, model_card
 from .run_record import RunRecord, read_evaluation, read_run, read_speed, shorten_paths, training_facts
 
@@ -28,7 +31,6 @@ from .run_record import RunRecord, read_evaluation, read_run, read_speed, shorte
 EXPORTED = ("README.md", "config.json", "metrics.json", "processor_config.json", "model*.safetensors")
 EXPORTED += ("model.safetensors.index.json", "*_efficientsam*.py", "*_sami.py", "previews")
 MAX_SHARD_SIZE = "5GB"
-POINTERS = ("auto_map", "custom_pipelines")  # entries of a config that name code beside it
 PREVIEW_SIDE = 1600  # pixels of the longer side
 
 
@@ -70,11 +72,14 @@ def export_run(
     Raises:
         FileNotFoundError: if `run`, or a file of it, of `metrics` or `speed`, is missing.
         FileExistsError: if `destination` holds something that is not an earlier export, or `overwrite` is off.
-        ValueError: if a file is not what it should be, a weight does not fit float16, or a model of `average` does
-            not go with the run's.
+        OSError: if nothing can be written there.
+        ValueError: if a file is not what it should be or a link leads out of the run, a weight does not fit float16,
+            or a model of `average` does not go with the run's.
     """
     destination = Path(os.path.abspath(destination))
     check_destination(destination, overwrite)
+    check_place(destination)
+    refuse_links(Path(run))
     record = read_run(Path(run), best)
     drawn = preview or (with_code and bool(record.arguments.get("train_scenes")))
     known = _revisions(record, destination, average)
@@ -112,15 +117,19 @@ def _revisions(record: RunRecord, destination: Path, average: Sequence[Any]) -> 
 
 
 def load_trained(record: RunRecord) -> tuple[PreTrainedModel, EfficientSamProcessor | None]:
-    """Model of a run in float32 and its processor, which pretraining has none of; ValueError for other models."""
-    folder = record.model
+    """Model of a run in float32 and its processor; errors as of `load_folder`."""
+    return load_folder(record.model)
+
+
+def load_folder(folder: Path) -> tuple[PreTrainedModel, EfficientSamProcessor | None]:
+    """Model in float32 and its processor, which a SAMI model has none of; ValueError for others and damaged ones."""
     kind = model_type(str(folder))
     if kind == EfficientSamConfig.model_type:
-        model = EfficientSamModel.from_pretrained(folder, dtype=torch.float32)
-        return model, EfficientSamProcessor.from_pretrained(folder)
+        model = load_pretrained(EfficientSamModel, folder, dtype=torch.float32)
+        return model, load_processor(EfficientSamProcessor, folder)
     if kind == SamiConfig.model_type:
-        return SamiForPreTraining.from_pretrained(folder, dtype=torch.float32), None
-    raise ValueError(f"{record.folder} trained a model of type {kind!r}; only an EfficientSAM or SAMI can be exported")
+        return load_pretrained(SamiForPreTraining, folder, dtype=torch.float32), None
+    raise ValueError(f"{folder} holds a model of type {str(kind)[:60]!r}, expected an EfficientSAM or SAMI model")
 
 
 def _average(model: PreTrainedModel, others: Sequence[str | os.PathLike]) -> list[dict[str, Any]]:
@@ -163,8 +172,7 @@ def check_destination(destination: Path, overwrite: bool) -> None:
 def write_preview(source: Path, destination: Path) -> None:
     """A picture small enough for a page."""
     destination.parent.mkdir()
-    with Image.open(source) as picture:
-        small = picture.convert("RGB")
+    small = open_image(source, "picture of the run")
     small.thumbnail((PREVIEW_SIDE, PREVIEW_SIDE), Image.Resampling.LANCZOS)
     small.save(destination, quality=85)
 

@@ -15,8 +15,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, httpx, validate_repo_id
 
 from ..models.configuration_efficientsam import EfficientSamConfig
+from .contents import check_contents, refuse_links
 from .model_card import PREVIEW, SCENES_PREVIEW, point_card_at
-from .model_folder import EXPORTED
+from .model_folder import EXPORTED, load_folder
 
 
 BUSY = (408, 429, 500, 502, 503, 504)
@@ -65,7 +66,11 @@ def check_repo_id(argument: str, value: str) -> None:
 
 
 def visible_files(folder: Path) -> dict[str, Path]:
-    """Files of a folder by their names in a repository, without hidden ones and Python's caches."""
+    """Files of a folder by their names in a repository, without hidden ones and Python's caches.
+
+    ValueError for links out of the folder.
+    """
+    refuse_links(folder)
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     unwanted = re.compile(r"(^|/)(\.|__pycache__/)")
     return {name: path for name, path in files.items() if not unwanted.search(name)}
@@ -75,7 +80,7 @@ def read_folder(folder: Path) -> dict[str, Path]:
     """Files of a folder that can be published, by their names in the repository; ValueError if it is none.
 
     That is one with a config, weights and a card, as `efficientsam export`, `convert` and `push` write it, and nothing
-    else: what lies in it by chance is not sent to others.
+    else: what lies in it by chance is not sent to others. Every file is what its name says, and the model loads.
     """
     files = visible_files(folder)
     for needed in ("config.json", "README.md"):
@@ -86,6 +91,8 @@ def read_folder(folder: Path) -> dict[str, Path]:
     foreign = [name for name in files if not _is_ours(name)]
     if foreign:
         raise ValueError(f"folder {str(folder)!r} holds {', '.join(foreign[:5])}, which belongs to no model")
+    check_contents(files)
+    load_folder(folder)
     return files
 
 

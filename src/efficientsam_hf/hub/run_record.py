@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run folder and files of measurements say, without where a machine keeps its files."""
 
-import json
 import re
 import shlex
 import statistics
@@ -12,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..data.mixture import MixtureSource, read_mixture, write_mixture
+from ..files import read_json, read_json_lines
 
 
 USER_IN_URL = re.compile(r"(?<=://)[^/@\s]+@")
@@ -61,7 +61,11 @@ def read_run(folder: Path, best: bool = False) -> RunRecord:
             raise FileNotFoundError(
                 f"run {str(folder)!r} has no {name}: it is no run folder, or has saved no model yet"
             )
-    description = _read_json(folder / "args.json", "run", ("arguments", "command", "machine", "started"))
+    kinds = {"arguments": dict, "command": str, "machine": dict, "started": str}
+    description = _read_json(folder / "args.json", "run", kinds)
+    for name, kind in kinds.items():
+        if not isinstance(description[name], kind):
+            raise ValueError(f"run: {folder / 'args.json'} is damaged: {name} is {str(description[name])[:100]!r}")
     progress = _read_progress(folder, best)
     events = [line for line in _read_log(folder / "log.jsonl") if line.get("step", 0) <= progress["steps"]]
     evaluations = [line for line in events if line["event"] == "evaluation"]
@@ -75,34 +79,50 @@ def _read_progress(folder: Path, best: bool) -> dict[str, Any]:
     The best model holds them itself; for one of an older run there is its checkpoint, kept beside the last ones.
     """
     if best and (record := folder / "best_model" / "best.json").is_file():
-        state = _read_json(record, "run", ("step", "images", "elapsed"))
-        return {"steps": state["step"], "images": state["images"], "minutes": state["elapsed"] / 60}
-    states = [_read_json(path, "run", ("step",)) for path in folder.glob("checkpoints/step_*/trainer_state.json")]
+        return _progress(_read_numbers(record, ("step", "images", "elapsed")))
+    paths = folder.glob("checkpoints/step_*/trainer_state.json")
+    states = [_read_numbers(path, ("step", "images", "elapsed")) for path in paths]
     by_step = {state["step"]: state for state in states}
     step = max(by_step, default=None)
     if best:
-        step = (by_step[step]["best"] or {}).get("step") if step is not None else None
+        found = by_step[step].get("best") if step is not None else None
+        step = found.get("step") if isinstance(found, dict) else None
         if step not in by_step:
             raise FileNotFoundError(f"run {str(folder)!r} has no checkpoint of its best model, of step {step}")
     if step is not None:
-        state = by_step[step]
-        return {"steps": state["step"], "images": state["images"], "minutes": state["elapsed"] / 60}
+        return _progress(by_step[step])
     if (folder / "run.json").is_file():
-        summary = _read_json(folder / "run.json", "run", ("steps", "images", "minutes"))
+        summary = _read_numbers(folder / "run.json", ("steps", "images", "minutes"))
         return {name: summary[name] for name in ("steps", "images", "minutes")}
     raise FileNotFoundError(f"run {str(folder)!r} has neither a checkpoint nor run.json: how far it got is unknown")
+
+
+def _progress(state: dict[str, Any]) -> dict[str, Any]:
+    return {"steps": state["step"], "images": state["images"], "minutes": state["elapsed"] / 60}
+
+
+def _read_numbers(path: Path, names: Iterable[str]) -> dict[str, Any]:
+    """A JSON object of a run; ValueError unless it has these numbers, none of which can be negative."""
+    content = _read_json(path, "run", names)
+    for name in names:
+        if not is_number(content[name]) or not 0 <= content[name] < 2**63:
+            raise ValueError(f"run: {path} is damaged: {name} is {str(content[name])[:100]!r}, expected a count")
+    return content
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _read_log(path: Path) -> list[dict[str, Any]]:
     """Lines of log.jsonl in order of steps; those that a resumed run took back are left out."""
     lines: list[dict[str, Any]] = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:  # cut off when the process was killed
+    for line in read_json_lines(path):
+        if not isinstance(line.get("event"), str) or not is_number(line.get("step", 0)):
             continue
         if line["event"] == "resume":
-            lines = [earlier for earlier in lines if earlier.get("step", 0) <= line["step"]]
+            lines = [earlier for earlier in lines if earlier.get("step", 0) <= line.get("step", 0)]
         lines.append(line)
     return lines
 
@@ -166,9 +186,9 @@ def option(command: str, name: str) -> str | None:
 
 def _read_json(path: Path, argument: str, keys: Iterable[str]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{argument}: {path} is not JSON: {error}") from None
+        raise ValueError(f"{argument}: {error}") from None
     _require(content, path, argument, keys)
     return content
 
@@ -250,7 +270,7 @@ def curve_rows(curve: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _mean_line(lines: list[dict[str, Any]]) -> dict[str, Any]:
     row = {name: lines[-1][name] for name in ("step", "image_size") if name in lines[-1]}
     for name in CURVE_NAMES:
-        values = [line[name] for line in lines if line.get(name) is not None]
+        values = [line[name] for line in lines if is_number(line.get(name))]
         if values:
             row[name] = round(statistics.fmean(values), 4)
     return row

@@ -52,7 +52,7 @@ def rle_area(rle: dict[str, Any]) -> int:
 
 
 def rle_box(rle: dict[str, Any]) -> list[int]:
-    """Tight box of the mask, [x, y, width, height], without expanding it; zeros if empty, `ValueError` if malformed."""
+    """Tight box [x, y, width, height] of the mask, without expanding it; zeros if empty, `ValueError` if malformed."""
     height, _ = rle_size(rle)
     ends = rle_counts(rle).cumsum()
     first, last = ends[:-1:2], ends[1::2] - 1

@@ -56,8 +56,9 @@ class WeightAverage:
         return {"updates": self.updates, "averages": whole}
 
     def load_state_dict(self, state: dict) -> None:
-        if len(state["averages"]) != len(self.averages):
-            raise ValueError(f"checkpoint averages {len(state['averages'])} parameters, this run {len(self.averages)}")
+        shapes = [[tuple(tensor.shape) for tensor in tensors] for tensors in (state["averages"], self.averages)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"averages of {len(shapes[0])} parameters, or of others than the {len(shapes[1])} here")
         self.updates = state["updates"]
         for average, saved in zip(self.averages, state["averages"]):
             if hasattr(average, "device_mesh"):  # spread by FSDP

@@ -37,5 +37,5 @@ def settle_precision(arguments: TrainerArguments) -> TrainerArguments:
 def _found(arguments: TrainerArguments, device: torch.device) -> str:
     before = recorded_arguments(Path(arguments.output_dir)) if arguments.resume else None
     if before is not None:
-        return before["mixed_precision"]
+        return before.get("mixed_precision")
     return "bf16" if relative_seconds(torch.bfloat16, str(device)) < 1 else "no"

@@ -14,10 +14,36 @@ from difflib import ndiff
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..files import PARTIAL, write_json
+from ..files import LOCK, PARTIAL, FolderLock, naming_full_disk, read_json, read_json_lines, write_json
 from ..machine import describe_machine, describe_versions
 from .arguments import TrainerArguments
 from .checkpoints import remove_leftovers
+
+
+ARGUMENTS = "args.json"
+
+
+def take_run(arguments: TrainerArguments, needed: int) -> FolderLock:
+    """Open the run folder for this process alone; FolderInUseError if another one has it, else as `open_run`.
+
+    A new run makes its folder only where there is room for `needed` bytes, and one that goes on makes room first by
+    deleting what interrupted writes have left.
+    """
+    run = Path(arguments.output_dir)
+    if not (run / ARGUMENTS).is_file():
+        _check_new(arguments)
+        check_room(run, needed)
+        run.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(run)
+    try:
+        if arguments.resume:
+            remove_leftovers(run)
+            check_room(run, needed)
+        open_run(arguments)
+    except BaseException:
+        lock.release()
+        raise
+    return lock
 
 
 def open_run(arguments: TrainerArguments) -> Path:
@@ -27,12 +53,9 @@ def open_run(arguments: TrainerArguments) -> Path:
     run computes differ from those it was started with.
     """
     run = Path(arguments.output_dir)
-    record = run / "args.json"
+    record = run / ARGUMENTS
     if not record.is_file():
-        if arguments.resume:
-            raise ValueError(f"resume: there is no run in {run}")
-        if run.exists() and not _is_new(run):
-            raise ValueError(f"output_dir: {run} exists and is no run folder; choose another one")
+        _check_new(arguments)
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_json(record, describe_run(arguments))
         remove_leftovers(run)  # of a run that was killed before it had written as much
@@ -50,25 +73,42 @@ def open_run(arguments: TrainerArguments) -> Path:
     return run
 
 
+def _check_new(arguments: TrainerArguments) -> None:
+    """ValueError unless a run can begin in a folder that holds none."""
+    run = Path(arguments.output_dir)
+    if arguments.resume:
+        raise ValueError(f"resume: there is no run in {run}")
+    if run.exists() and not _is_new(run):
+        raise ValueError(f"output_dir: {run} exists and is no run folder; choose another one")
+
+
 def _describe_change(name: str, before: Any, now: Any) -> str:
     """What an argument was and is; of texts of many lines those that differ, - and +."""
     if isinstance(before, str) and isinstance(now, str) and "\n" in before:
         lines = ndiff(before.splitlines(), now.splitlines())
         return f"{name} differs in {[f'{line[0]} {line[1:].strip()}' for line in lines if line[0] in '-+']}"
-    return f"{name} was {before!r} and is {now!r}"
+    return f"{name} was {repr(before)[:500]} and is {now!r}"
 
 
 def recorded_arguments(run: Path) -> dict[str, Any] | None:
-    """Arguments of the run in a folder; None if there is none."""
-    record = run / "args.json"
-    return json.loads(record.read_text())["arguments"] if record.is_file() else None
+    """Arguments of the run in a folder; None if there is none, ValueError if they cannot be read."""
+    record = run / ARGUMENTS
+    if not record.is_file():
+        return None
+    try:
+        return dict(read_json(record)["arguments"])
+    except (ValueError, TypeError, KeyError):
+        raise ValueError(
+            f"{record} is damaged, it holds no arguments of a run. Bring it back from a copy, or begin a new run in "
+            f"another output_dir, with --model {run / 'model'} to go on from its weights"
+        ) from None
 
 
 def _is_new(run: Path) -> bool:
     """Whether there is nothing in a folder but what a run leaves that is killed in its first moment."""
     if not run.is_dir():
         return False
-    others = [path for path in run.iterdir() if not path.name.startswith(PARTIAL)]
+    others = [path for path in run.iterdir() if not path.name.startswith((PARTIAL, LOCK))]
     return not others or (others == [run / "checkpoints"] and not any(others[0].iterdir()))
 
 
@@ -113,7 +153,7 @@ class RunLog:
             return
         rounded = {name: _rounded(v) if isinstance(v, float) else v for name, v in values.items()}
         line = json.dumps({"event": event, "time": round(time.time(), 3), **rounded}, default=str)
-        with self.path.open("a+b") as file:
+        with naming_full_disk(self.path), self.path.open("a+b") as file:
             if self._ends_torn(file):
                 line = "\n" + line
             file.write((line + "\n").encode())
@@ -128,6 +168,5 @@ class RunLog:
 
     def count_skipped(self) -> int:
         """Different samples that the log names as skipped."""
-        with self.path.open() as file:
-            lines = [line for line in file if line.startswith('{"event": "skipped"')]
-        return len({json.loads(line)["sample"] for line in lines if line.endswith("}\n")})
+        lines = read_json_lines(self.path)
+        return len({str(line.get("sample")) for line in lines if line.get("event") == "skipped"})

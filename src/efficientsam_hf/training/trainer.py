@@ -2,12 +2,10 @@
 """The training loop: it knows batches and losses, and nothing about images, masks or prompts."""
 
 import copy
-import json
 import math
 import os
-import shutil
 import signal
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,32 +16,39 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
-from safetensors import SafetensorError
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, send_to_device
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
 from torch.nn.parallel import DistributedDataParallel
 from tqdm.auto import tqdm
 
-from ..files import PARTIAL, replace_folder, write_folder, write_json, write_png
+from ..files import PARTIAL, is_disk_full, naming_full_disk, replace_folder, write_folder, write_json, write_png
 from .arguments import TrainerArguments
 from .checkpoints import (
     BEST_FILE,
-    STATE_FILE,
-    checkpoint_step,
+    is_old,
+    last_good_checkpoint,
     list_checkpoints,
     prune_checkpoints,
     read_best,
+    read_manifest,
     remove_leftovers,
+    update_manifest,
+    write_manifest,
 )
 from .ema import WeightAverage, gathered
 from .optimizers import make_optimizers
 from .precision import settle_precision
-from .run_folder import RunLog, check_room, open_run
+from .run_folder import RunLog, take_run
+from .run_state import RunState
 from .schedule import Due, Stage, decay_progress, learning_rate_factor, run_progress, stage_at
+from .stop_signals import LastingStream, StopSignal, handled
 
 
 Batch = dict[str, torch.Tensor]
+
+
+class WriteError(OSError):
+    """What a run has to save could not be written."""
 
 
 class Trainer:
@@ -83,11 +88,8 @@ class Trainer:
         if arguments.mixed_precision == "fp16" and self.accelerator.scaler is None:  # float32 would be computed
             raise ValueError(f"mixed_precision fp16 needs a GPU, got {self.accelerator.device}: take bf16 or no")
         self.whole = self._whole_copy(module)
-        if self.accelerator.is_main_process:
-            if arguments.resume:  # what another run is writing at this moment is not ours to delete
-                remove_leftovers(Path(arguments.output_dir))
-            check_room(Path(arguments.output_dir), self._bytes_needed(module))
-            open_run(arguments)
+        main = self.accelerator.is_main_process
+        self.lock = take_run(arguments, self._bytes_needed(module)) if main else None
         self.accelerator.wait_for_everyone()
         if trackers:
             plain = {name: "none" if value is None else value for name, value in vars(arguments).items()}
@@ -102,12 +104,12 @@ class Trainer:
         if arguments.compile and hasattr(self.plain_module, "compile_parts"):
             self.plain_module.compile_parts(dynamic=False)
         self.average = WeightAverage(self.plain_module, arguments.ema_decay)
-        self.accelerator.register_for_checkpointing(self.average)
+        self.state = RunState(self.accelerator, self.module, self.optimizers, self.average)
         self.step = self.images = self.nonfinite = 0
         self.elapsed_before = 0.0
         self.exported_step: int | None = None  # by this process: what lies in model/ of an earlier one may be older
         self.best: dict[str, Any] | None = None
-        self.stop_signal: int | None = None
+        self.stop_signal = StopSignal()
 
     @property
     def plain_module(self) -> nn.Module:
@@ -154,14 +156,26 @@ class Trainer:
         return value
 
     def train(self) -> dict[str, Any]:
-        """Run to the end or to SIGTERM / SIGINT; the summary's "interrupted" names the signal or is None."""
+        """Run to the end or to SIGTERM, SIGINT or SIGHUP; the summary's "interrupted" names the signal or is None.
+
+        What cannot be written, as on a full disk, is an OSError that names the last good checkpoint.
+        """
+        try:
+            with self._naming_the_last_checkpoint():
+                return self._train()
+        finally:
+            if self.lock is not None:
+                self.lock.release()
+
+    def _train(self) -> dict[str, Any]:
         self.started = time.monotonic()
         if self.arguments.resume:
             self._resume()
         self.log("start", step=self.step, elapsed=self.elapsed(), mixed_precision=self.arguments.mixed_precision)
         self._set_up_periods()
         progress = self.progress()
-        with self._signals_stop_the_loop(), self._progress_bar(progress) as bar:
+        # They end the loop after the step, and wait until the run is saved.
+        with handled(self.stop_signal), self._progress_bar(progress) as bar:
             self.module.train()
             while progress < 1 and not self._stopping():
                 self._train_step(progress)
@@ -365,7 +379,8 @@ class Trainer:
         value = metrics.get(self.arguments.best_metric)
         if metrics and value is None:
             raise ValueError(f"best_metric {self.arguments.best_metric!r} is none of {', '.join(metrics)}")
-        better = value is not None and (self.best is None or value > self.best["value"])
+        # NaN, such as a mean over nothing, would be surpassed by nothing.
+        better = value is not None and math.isfinite(value) and (self.best is None or value > self.best["value"])
         if better:
             self.best = {"step": self.step, "metric": self.arguments.best_metric, "value": value}
         if self._agree(better):
@@ -388,51 +403,66 @@ class Trainer:
         folder = self.run / "checkpoints" / f"step_{self.step}"
         if self.saved_step == self.step:
             if self.accelerator.is_main_process:
-                self._write_state(folder)  # an evaluation since then may have found it the best
+                update_manifest(folder, self._loop_state())  # an evaluation since then may have found it the best
             return
         aside = folder.with_name(PARTIAL + folder.name)
-        with self._naming_the_last_checkpoint(aside):
-            self.accelerator.save_state(str(aside), safe_serialization=True)
-        self.accelerator.wait_for_everyone()  # every process writes its random state into the folder
-        if self.accelerator.is_main_process:
-            self._write_state(aside)
-            replace_folder(aside, folder)
-            prune_checkpoints(self.run, self.arguments.keep_checkpoints, self.best and self.best["step"])
+        self._write_together(folder, partial(self.state.write, aside, self.state.gather()))
+        self._write_together(folder, partial(self._put_in_place, aside, folder))
         self._export()
         self.log("checkpoint", step=self.step, elapsed=self.elapsed(), folder=str(folder))
         self.saved_step = self.step
         self.accelerator.wait_for_everyone()
 
-    def _write_state(self, folder: Path) -> None:
-        state = {
+    def _put_in_place(self, aside: Path, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            write_manifest(aside, self._loop_state())
+            replace_folder(aside, folder)
+            prune_checkpoints(self.run, self.arguments.keep_checkpoints, self.best and self.best["step"])
+
+    def _loop_state(self) -> dict[str, Any]:
+        return {
             "step": self.step, "images": self.images, "elapsed": self.elapsed(), "best": self.best,
             "nonfinite": self.nonfinite, "processes": self.accelerator.num_processes,
             "distributed": self.accelerator.distributed_type.value,
         }  # fmt: skip
-        write_json(folder / STATE_FILE, state)
+
+    def _write_together(self, path: Path, write: Callable[[], Any]) -> None:
+        """Let every process write its part of `path`; an error of one of them is a WriteError in all."""
+        problem = None
+        try:
+            with naming_full_disk(path):
+                write()
+        except OSError as error:
+            problem = error
+        problems = [None if problem is None else str(problem)]
+        if self.accelerator.num_processes > 1:
+            problems = gather_object(problems)
+        first = next((text for text in problems if text is not None), None)
+        if first is not None:
+            named = first if str(path) in first else f"{path} could not be written: {first}"
+            raise WriteError(named) from problem
 
     @contextmanager
-    def _naming_the_last_checkpoint(self, aside: Path) -> Iterator[None]:
-        """A failed write ends the run with an OSError that says what is left to go on from; other errors stay."""
+    def _naming_the_last_checkpoint(self) -> Iterator[None]:
+        """What cannot be written ends the run with an OSError that says what is left to go on from; others stay."""
         try:
             yield
-        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+        except Exception as error:
+            full = is_disk_full(error)
+            if not full and not isinstance(error, WriteError):
                 raise
             if self.accelerator.is_main_process:
-                shutil.rmtree(aside, ignore_errors=True)
+                remove_leftovers(self.run)
             last = next(iter(list_checkpoints(self.run)[-1:]), "none")
-            free = shutil.disk_usage(self.run).free / 2**20
             raise OSError(
-                f"{aside.name.removeprefix(PARTIAL)} could not be written, with {free:,.0f} MiB free on the disk of "
-                f"{self.run}: {error}. The last good checkpoint is {last}; the run goes on from it with resume"
+                f"{' '.join(str(error).split())[:500]}. The last good checkpoint is {last}; the run goes on from it "
+                f"with --resume{' once there is room' if full else ''}"
             ) from error
 
     def _export(self, name: str = "model") -> None:
         with self._averaged() as module:
-            if self.accelerator.is_main_process:
-                with self._naming_the_last_checkpoint(self.run / f"{PARTIAL}{name}"):
-                    write_folder(self.run / name, partial(self._write_model, module, name))
+            write = partial(write_folder, self.run / name, partial(self._write_model, module, name))
+            self._write_together(self.run / name, write if self.accelerator.is_main_process else lambda: None)
         if name == "model":
             self.exported_step = self.step
 
@@ -442,13 +472,12 @@ class Trainer:
             write_json(folder / BEST_FILE, self.best | {"images": self.images, "elapsed": self.elapsed()})
 
     def _resume(self) -> None:
-        """Load the last complete checkpoint, if the run got that far."""
-        checkpoints = list_checkpoints(self.run)
-        if not checkpoints:
+        """Load the last checkpoint that is whole, if the run got that far; the main process decides which it is."""
+        folder = self._agreed_checkpoint()
+        if folder is None:
             self.log("resume", step=0, note="no checkpoint yet, from the beginning")
             return
-        folder = checkpoints[-1]
-        state = json.loads((folder / STATE_FILE).read_text())
+        state = read_manifest(folder)
         if state["processes"] != self.accelerator.num_processes:
             raise ValueError(
                 f"resume: {folder} was written by {state['processes']} processes, not {self.accelerator.num_processes}"
@@ -457,10 +486,30 @@ class Trainer:
         if state.get("distributed", kind) != kind:
             raise ValueError(f"resume: {folder} was written under {state['distributed']}, and this is {kind}")
         self._settle_gradients()
-        self.accelerator.load_state(str(folder))
-        self.step, self.images, self.nonfinite = checkpoint_step(folder), state["images"], state["nonfinite"]
+        try:
+            self.state.load(folder, is_old(folder, state))
+        except Exception as error:  # whatever loaders say of a checkpoint of another model
+            raise ValueError(
+                f"resume: {folder} is not of this run: {' '.join(str(error).split())[:300]}. Move it away to go on "
+                "from the one before it"
+            ) from error
+        self.step, self.images, self.nonfinite = state["step"], state["images"], state["nonfinite"]
         self.elapsed_before, self.best = state["elapsed"], read_best(self.run) or state["best"]
         self.log("resume", step=self.step, elapsed=self.elapsed_before, folder=str(folder))
+
+    def _agreed_checkpoint(self) -> Path | None:
+        """What the main process finds to go on from, in every process; its ValueError too."""
+        found: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                found[0] = last_good_checkpoint(self.run)
+            except ValueError as error:
+                found[1] = str(error)
+        if self.accelerator.num_processes > 1:
+            found = broadcast_object_list(found)
+        if found[1] is not None:
+            raise ValueError(found[1])
+        return found[0]
 
     def _settle_gradients(self) -> None:
         """Bring distributed training to where it is after a first step; loading undoes what else this changes.
@@ -484,14 +533,14 @@ class Trainer:
             self._export()
         if progress >= 1:
             self._evaluate()
-        interrupted = self.stop_signal is not None and progress < 1
+        interrupted = self.stop_signal.number is not None and progress < 1
         summary = {
             "steps": self.step,
             "images": self.images,
             "minutes": self.elapsed() / 60,
             "images_per_s": (self.images - self.images_before) / max(train_seconds, 1e-9),
             "best": self.best,
-            "interrupted": signal.Signals(self.stop_signal).name if interrupted else None,
+            "interrupted": signal.Signals(self.stop_signal.number).name if interrupted else None,
             "skipped": self.log.count_skipped() if self.accelerator.is_main_process else 0,
         }
         self.log("end", **summary)
@@ -505,34 +554,13 @@ class Trainer:
     # Around the loop
 
     def _stopping(self) -> bool:
-        return self._agree(self.stop_signal is not None)
-
-    @contextmanager
-    def _signals_stop_the_loop(self) -> Iterator[None]:
-        """SIGTERM and SIGINT end the loop after the current step, and wait until the run is saved."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(number: int, frame: Any) -> None:
-            if self.stop_signal is not None and number == signal.SIGTERM:
-                return  # launchers pass it on, and batch systems signal every process as well
-            if self.stop_signal is not None:  # a second Ctrl-C does not wait
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            self.stop_signal = number
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return self._agree(self.stop_signal.number is not None)
 
     def _progress_bar(self, progress: float) -> tqdm:
         layout = "{percentage:5.1f}%|{bar}| {elapsed}<{remaining}{postfix}"
         hidden = not self.accelerator.is_main_process
-        return tqdm(total=1.0, initial=progress, bar_format=layout, disable=hidden, dynamic_ncols=True)
+        screen = LastingStream(sys.stderr)
+        return tqdm(total=1.0, initial=progress, bar_format=layout, disable=hidden, dynamic_ncols=True, file=screen)
 
 
 def _means(rows: list[Batch]) -> Batch:
