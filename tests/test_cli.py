@@ -576,12 +576,16 @@ def test_two_processes_measure_the_same(coco: list[str], model_folder: str, tmp_
     boxes = [[10.0, 5.0, 30.0, 15.0], [2.0, 20.0, 40.0, 20.0], [30.0, 8.0, 20.0, 30.0]]
     content["images"] = [{**content["images"][0], "id": number} for number in (1, 2, 3)]  # for two processes
     content["annotations"] = [
-        {"image_id": number, "bbox": box, "segmentation": encode_rle(own_answer(model_folder, tmp_path, box))}
+        {"image_id": number, "segmentation": encode_rle(own_answer(model_folder, tmp_path, box))}
         for number, box in enumerate(boxes, 1)
     ]
     annotations.write_text(json.dumps(content))
+    detections = tmp_path / "detections.json"
+    detections.write_text(
+        json.dumps([{"image_id": n, "category_id": 1, "bbox": box, "score": 1} for n, box in enumerate(boxes, 1)])
+    )
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for number, options in enumerate((["--prompts", "uniform", "box"], ["--boxes", "ground-truth"])):
+    for number, options in enumerate((["--prompts", "uniform", "box"], ["--boxes", str(detections)])):
         arguments = ["evaluate", model_folder, "--device", "cpu", *coco, *options]
         one, two = tmp_path / f"one_{number}.json", tmp_path / f"two_{number}.json"
         assert main([*arguments, "--output", str(one)]) == 0

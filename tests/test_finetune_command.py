@@ -232,7 +232,7 @@ def test_a_killed_run_on_a_mixture_ends_with_the_same_bits(tmp_path: Path, threa
         assert None in values and 0 <= max(value for value in values if value is not None) <= 1
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_an_interrupted_run_says_how_to_go_on(tmp_path: Path, capsys, monkeypatch, not_ignored) -> None:
     """As it was typed, and what it prints does go on."""
     forward, steps = InteractiveSegmentation.forward, []
 

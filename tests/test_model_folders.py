@@ -216,6 +216,15 @@ def test_absurd_processors(folder: Path, picture: str, capsys, field: str, value
     assert words in refused(segmenting(picture, folder), capsys)
 
 
+def test_an_image_processor_alone_takes_no_prompts(folder: Path, picture: str, capsys) -> None:
+    content = json.loads((folder / "processor_config.json").read_text())
+    (folder / "processor_config.json").unlink()
+    (folder / "preprocessor_config.json").write_text(json.dumps(content["image_processor"]))
+    assert "its processor is EfficientSamImageProcessor, which takes no points" in refused(
+        segmenting(picture, folder), capsys
+    )
+
+
 CONTENTS = [b"", b"[]", b"null", b"{}", b"\xff\xfe", b'{"a": ' * 100_000, b'{"a": ' + b"9" * 5000 + b"}", None]
 
 

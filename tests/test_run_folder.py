@@ -455,7 +455,7 @@ def test_a_disk_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch, caplog
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_signals_let_the_run_be_saved(tmp_path, finished, name) -> None:
+def test_signals_let_the_run_be_saved(tmp_path, finished, not_ignored, name) -> None:
     number = getattr(signal, name)
     before = signal.getsignal(number)
 
@@ -514,7 +514,7 @@ os._exit(0 if summary["interrupted"] == "SIGHUP" else 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal")
-def test_a_closed_terminal_does_not_keep_a_run_from_being_saved(tmp_path, finished) -> None:
+def test_a_closed_terminal_does_not_keep_a_run_from_being_saved(tmp_path, finished, not_ignored) -> None:
     """It sends SIGHUP, and takes no more of what is written to it."""
     import fcntl
     import termios

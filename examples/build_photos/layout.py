@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from efficientsam_hf.data.coco import check_rle_size, rasterize_polygons
+from efficientsam_hf.data.polygons import polygons_to_rle
+from efficientsam_hf.data.rle_masks import RleMasks
 from efficientsam_hf.files import write_text
 from efficientsam_hf.models.rle_efficientsam import decode_rle, encode_rle
 
@@ -186,10 +187,9 @@ def fit_mask(shape: Any, size: tuple[int, int], target: tuple[int, int]) -> np.n
     if isinstance(shape, list):
         factors = np.divide(target, size)
         polygons = [(np.reshape(corners, (-1, 2)) * factors).ravel().tolist() for corners in shape]
-        return rasterize_polygons(polygons, target[::-1])
+        return decode_rle(polygons_to_rle(polygons, target[::-1]))
     if isinstance(shape, dict):
-        check_rle_size(shape, size[::-1])
-        shape = decode_rle(shape)
+        shape = RleMasks([shape], size[::-1])[0]
     return np.asarray(Image.fromarray(shape).resize(target, Image.Resampling.NEAREST))
 
 

@@ -79,6 +79,11 @@ def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
     check_name(name)
     options = {"trust_remote_code": args.trust_remote_code, "what": "promptable model"}
     processor = load_processor(AutoProcessor, name, **options)  # first: it is the cheaper one to refuse
+    if not hasattr(processor, "image_processor"):  # what AutoProcessor finds where processor_class is missing
+        found = type(processor).__name__
+        raise ValueError(
+            f"cannot load a promptable model from {name}: its processor is {found}, which takes no points and boxes"
+        )
     if args.dtype:
         options["dtype"] = getattr(torch, args.dtype)
     model = load_pretrained(AutoModelForMaskGeneration, name, **options)
