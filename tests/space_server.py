@@ -34,9 +34,6 @@ def count(*_):
     Path("count.partial").write_text(str(number))
     Path("count.partial").rename("count.txt")
 signal.signal(signal.SIGUSR1, count)
-if len(sys.argv) > 2:
-    import sessions
-    sessions.SECONDS_AFTER_CLOSING = float(sys.argv[2])
 runpy.run_path(sys.argv[1] + "/app.py", run_name="__main__")
 """
 
@@ -53,8 +50,8 @@ def save_model_with_code(folder: Path) -> Path:
 class SpaceServer:
     """`python app.py` in a copy of the Space's folder, with a home and a cache of its own below `folder`.
 
-    With `threads` the server's torch is bound to so many, with `seconds_after_closing` a closed tab's session ends so
-    many seconds after it. `model` is a folder, or with `hub`, the address of a Hub, a repository there.
+    With `threads` the server's torch is bound to so many; `settings` are environment variables, such as the limits.
+    `model` is a folder, or with `hub`, the address of a Hub, a repository there.
     """
 
     def __init__(
@@ -62,11 +59,10 @@ class SpaceServer:
         folder: Path,
         model: Path | str,
         threads: int | None = None,
-        seconds_after_closing: float | None = None,
         hub: str | None = None,
+        **settings: Any,
     ):
         self.folder = folder
-        self.arguments = [] if seconds_after_closing is None else [str(seconds_after_closing)]
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.cache = folder / "cache"
@@ -84,11 +80,12 @@ class SpaceServer:
             "GRADIO_TEMP_DIR": str(self.cache),
             "PYTHONDONTWRITEBYTECODE": "1",
             **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+            **{name: str(value) for name, value in settings.items()},
         }
 
     def __enter__(self) -> "SpaceServer":
         with self.log.open("w") as log:
-            command = [sys.executable, "-c", START, str(self.home), *self.arguments]
+            command = [sys.executable, "-c", START, str(self.home)]
             self.process = subprocess.Popen(command, env=self.environment, cwd=self.home, stdout=log, stderr=log)
         try:
             self._wait()
@@ -141,10 +138,14 @@ class Refused(Exception):
 
 
 class Visitor:
-    """One browser tab without the browser: a session of its own, events by the names of their handlers."""
+    """One browser tab without the browser: a session of its own, events by the names of their handlers.
 
-    def __init__(self, url: str):
+    With `address` it comes from there, as far as the Space can tell: by way of a proxy on this machine.
+    """
+
+    def __init__(self, url: str, address: str | None = None):
         self.url = url
+        self.headers = {"X-Forwarded-For": address} if address else {}
         self.session = uuid.uuid4().hex
         config = json.loads(self._get("/config"))
         self.events: dict[str, dict[str, Any]] = {}
@@ -184,6 +185,15 @@ class Visitor:
     def send(self, name: str, *values: Any, event: Any = None) -> dict[str, Any]:
         """Trigger an event and wait; -> what changes, by the components' ids in the page. Raises Refused."""
         handler = self.events[name]
+        sent = self.post(name, *values, event=event)
+        for message in self._messages():
+            if message["msg"] == "process_completed" and message["event_id"] == sent:
+                return self._changes(handler, message)
+        raise Refused("the stream ended without an answer")
+
+    def post(self, name: str, *values: Any, event: Any = None) -> str:
+        """Trigger an event and do not wait; -> its id."""
+        handler = self.events[name]
         body = {
             "data": [None, *values, *self.look.values()][: len(handler["inputs"])],
             "event_data": event,
@@ -191,11 +201,7 @@ class Visitor:
             "trigger_id": handler["targets"][0][0],
             "session_hash": self.session,
         }
-        self._post("/gradio_api/queue/join", json.dumps(body).encode(), "application/json")
-        for message in self._messages():
-            if message["msg"] == "process_completed":
-                return self._changes(handler, message)
-        raise Refused("the stream ended without an answer")
+        return self._post("/gradio_api/queue/join", json.dumps(body).encode(), "application/json")["event_id"]
 
     def _changes(self, handler: dict[str, Any], message: dict[str, Any]) -> dict[str, Any]:
         if not message["success"]:
@@ -218,7 +224,7 @@ class Visitor:
             return answer.read()
 
     def _post(self, path: str, body: bytes, kind: str) -> Any:
-        request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": kind})
+        request = urllib.request.Request(self.url + path, data=body, headers={"Content-Type": kind, **self.headers})
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
                 return json.load(answer)
@@ -232,20 +238,28 @@ def value_of(change: Any) -> Any:
     return change["value"] if alone else change
 
 
-def call(url: str, name: str, data: str) -> Any:
-    """Call an endpoint with a JSON text for its inputs, valid or not; -> its outputs. Raises Refused."""
-    request = urllib.request.Request(
-        f"{url}/gradio_api/call/{name}", data=data.encode(), headers={"Content-Type": "application/json"}
-    )
+def post(url: str, name: str, data: str, address: str | None = None) -> str:
+    """Send a call with a JSON text for its inputs, valid or not, and do not wait; -> its id. Raises Refused."""
+    headers = {"Content-Type": "application/json", **({"X-Forwarded-For": address} if address else {})}
+    request = urllib.request.Request(f"{url}/gradio_api/call/{name}", data=data.encode(), headers=headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as answer:
-            event = json.load(answer)["event_id"]
-        with urllib.request.urlopen(f"{url}/gradio_api/call/{name}/{event}", timeout=300) as answer:
-            text = answer.read().decode()
+            return json.load(answer)["event_id"]
     except urllib.error.HTTPError as error:
         raise Refused(error.read().decode(errors="replace")) from None
-    kind, _, value = text.partition("\ndata: ")
-    value = json.loads(value.strip().splitlines()[0])
+
+
+def answer_of(url: str, name: str, event: str) -> Any:
+    """Wait for the outputs of a call that was sent. Raises Refused."""
+    with urllib.request.urlopen(f"{url}/gradio_api/call/{name}/{event}", timeout=300) as answer:
+        text = answer.read().decode()
+    kind, _, value = text.strip().rpartition("\n\n")[2].partition("\ndata: ")  # after what says that it goes on
+    value = json.loads(value)
     if kind != "event: complete":
-        raise Refused((value or {}).get("error"))
+        raise Refused(value.get("error") if isinstance(value, dict) else value)
     return value
+
+
+def call(url: str, name: str, data: str, address: str | None = None) -> Any:
+    """Send a call and wait for its outputs. Raises Refused."""
+    return answer_of(url, name, post(url, name, data, address))

@@ -41,6 +41,7 @@ sys.path.append(str(SPACE))
 import app
 import downloads
 import drawing
+import limits
 import pictures
 import rle
 import segmenting
@@ -54,7 +55,8 @@ CAT = (SPACE / "examples" / "cat.jpg").read_bytes()
 # pycocotools' compiled part still speaks the array protocol of numpy 1.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-ALLOWED = {"gradio", "pycocotools", "numpy", "torch", "transformers", "PIL"}
+# fastapi, starlette and anyio are what gradio is made of.
+ALLOWED = {"gradio", "fastapi", "starlette", "anyio", "pycocotools", "numpy", "torch", "transformers", "PIL"}
 HUB_COLORS = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
 # Threads of the server may differ from ours, and with them the last bits of logits.
 SAME = 1e-3
@@ -234,8 +236,7 @@ def test_prompts_are_taken_back_one_by_one() -> None:
 
 def test_a_session_that_ends_holds_nothing() -> None:
     session = sessions.Session()
-    picture = Image.new("RGB", (40, 30))
-    session.take(picture, "a.png", segmenting.Embedding(torch.zeros(1), (30, 40), 1.0))
+    take_picture(session)
     session.prompts.clicks.append(sessions.Click(1, 1, 1))
     assert copy.deepcopy(session).picture is None  # visitors get a fresh one, never a copy
     session.free()
@@ -250,11 +251,17 @@ def test_a_session_that_ends_holds_nothing() -> None:
     )
 
 
+def take_picture(session: sessions.Session) -> None:
+    image = Image.new("RGB", (40, 30))
+    picture = pictures.Picture(to_bytes(image, "PNG"), "a.png", image.size)
+    session.take(sessions.Prepared.of(picture, image, segmenting.Embedding(torch.zeros(1), (30, 40), 1.0)))
+
+
 def held_session(held: sessions.SessionsWithPictures, tab: str) -> sessions.Session:
     session = sessions.Session()
     held.hold(tab, session)
     with session.in_use():
-        session.take(Image.new("RGB", (40, 30)), "a.png", segmenting.Embedding(torch.zeros(1), (30, 40), 1.0))
+        take_picture(session)
     return session
 
 
@@ -272,13 +279,13 @@ def test_sessions_end_when_the_visitor_has_been_away(clock: list[float]) -> None
     open_one, closed = held_session(held, "open"), held_session(held, "closed")
     held.close("closed")
     held.close("unknown")
-    clock[0] += sessions.SECONDS_AFTER_CLOSING - 1
+    clock[0] += sessions.CLOSED_SECONDS - 1
     held.end_due()
     assert open_one.picture and closed.picture
     clock[0] += 2
     held.end_due()
     assert open_one.picture and closed.picture is None and set(held.by_tab) == {"open"}
-    clock[0] += sessions.SECONDS_TO_LIVE
+    clock[0] += sessions.SESSION_SECONDS
     held.end_due()
     assert open_one.picture is None and not held.by_tab
 
@@ -287,12 +294,12 @@ def test_a_visitor_who_comes_back_keeps_the_picture(clock: list[float]) -> None:
     held = sessions.SessionsWithPictures()
     session = held_session(held, "tab")
     held.close("tab")
-    clock[0] += sessions.SECONDS_AFTER_CLOSING - 1
+    clock[0] += sessions.CLOSED_SECONDS - 1
     with session.in_use():
         clock[0] += 10
         held.end_due()
         assert session.picture, "it ended in the middle of an event"
-    clock[0] += sessions.SECONDS_AFTER_CLOSING + 1
+    clock[0] += sessions.CLOSED_SECONDS + 1
     held.end_due()
     assert session.picture
 
@@ -302,26 +309,9 @@ def test_a_tab_that_is_closed_during_an_event_ends_after_it(clock: list[float]) 
     session = held_session(held, "tab")
     with session.in_use():
         held.close("tab")
-    clock[0] += sessions.SECONDS_AFTER_CLOSING + 1
+    clock[0] += sessions.CLOSED_SECONDS + 1
     held.end_due()
     assert session.picture is None
-
-
-def test_pictures_are_bounded_and_those_away_longest_go_first(clock: list[float]) -> None:
-    held = sessions.SessionsWithPictures(most=2)
-    first = held_session(held, "first")
-    clock[0] += 1
-    second = held_session(held, "second")
-    clock[0] += 1
-    with first.in_use():
-        pass
-    third = held_session(held, "third")
-    assert first.picture and third.picture and second.picture is None
-    held.close("third")
-    held_session(held, "fourth")
-    assert first.picture and third.picture is None
-    held_session(held, "fourth")  # another picture in the same tab costs nobody anything
-    assert first.picture and set(held.by_tab) == {"first", "fourth"}
 
 
 SIZE = (300, 400)
@@ -449,8 +439,11 @@ facts = {
     "file": app.__file__,
     "options": served,
     "public": [f.api_name for f in functions if f.api_visibility != "private"],
-    "waiting": blocks._queue.max_size,
-    "lanes": [[f.concurrency_id, f.concurrency_limit] for f in functions if f.queue and f.api_name != "close"],
+    "queue": type(blocks._queue).__name__,
+    "api_open": blocks.api_open,
+    "lanes": [
+        [f.api_name, f.concurrency_id, f.concurrency_limit] for f in functions if f.queue and f.api_name != "close"
+    ],
     "icons_stay": all(map(Path.is_file, icons)) and len(icons),
     "made_goes": not Path(made).exists() and not Path(thumbnail).exists(),
     "title": next(block.value for block in blocks.blocks.values() if block.elem_id == "title"),
@@ -489,10 +482,14 @@ def test_only_the_calls_for_programs_are_public(demo_facts: dict) -> None:
     assert demo_facts["public"] == ["segment_points", "segment_box", "segment_everything"]
 
 
-def test_queue_and_sessions_are_bounded(demo_facts: dict) -> None:
-    assert demo_facts["waiting"] == app.WAITING_AT_MOST
-    assert demo_facts["options"]["state_session_capacity"] == app.VISITORS_AT_MOST
-    assert {tuple(lane) for lane in demo_facts["lanes"]} == {("encoder", 1), ("decoder", 1)}
+def test_every_event_is_in_a_lane_and_sessions_are_bounded(demo_facts: dict) -> None:
+    assert demo_facts["queue"] == "FairQueue" and not demo_facts["api_open"]
+    assert demo_facts["options"]["state_session_capacity"] == limits.VISITORS
+    lanes = {event: (lane, at_once) for event, lane, at_once in demo_facts["lanes"]}
+    assert set(lanes.values()) == {(lane.name, lane.at_once) for lane in limits.LANES.values()}
+    quick = ("click", "add", "choose", "undo", "reset", "redraw", "change_mode", "make_whole", "load_example")
+    assert {lanes[event][0] for event in quick} == {"clicks"}
+    assert lanes["find_everything"] == lanes["segment_everything"] == ("everything", 1)
 
 
 def test_cleaning_takes_what_was_made_and_leaves_the_page(demo_facts: dict) -> None:
@@ -749,7 +746,7 @@ def test_a_low_score_says_what_helps() -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SpaceServer]:
     folder = tmp_path_factory.mktemp("space")
     model = save_model_with_code(folder / "model")
-    with SpaceServer(folder, model, threads=1, seconds_after_closing=1.0) as running:
+    with SpaceServer(folder, model, threads=1, CLOSED_SECONDS=1) as running:
         yield running
 
 

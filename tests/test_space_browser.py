@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from space_server import SPACE, SpaceServer, save_model_with_code
+from space_server import SPACE, Refused, SpaceServer, Visitor, post, save_model_with_code
 
 from efficientsam_hf import EfficientSamModel, EfficientSamPredictor, EfficientSamProcessor, default_checkpoint
 
@@ -342,6 +342,27 @@ def test_everything(tab: Tab) -> None:
     assert set(files) == {"labels.png", "overlay.jpg", "masks.json"}
     assert len(json.loads(files["masks.json"])["annotations"]) == int(found)
     tab.click((5, 5), "ask ")  # "Mask 3: ..." or "There is no mask here."
+
+
+def test_a_limit_is_explained_and_the_page_goes_on(tab: Tab, server: SpaceServer) -> None:
+    tab.upload(COFFEE)
+    image = Visitor(server.url).upload(CAT.read_bytes(), "cat.jpg")
+    call = json.dumps({"data": [image, 8, None, None]})
+    with pytest.raises(Refused):
+        for _ in range(100):  # nobody listens to these, so that they wait until they are dropped
+            post(server.url, "segment_everything", call)
+    tab.mode("Everything")
+    tab.page.locator("#grid").get_by_text("8 x 8").click()
+    tab.press("Find everything")
+    tab.page.get_by_text(
+        re.compile(r"requests from your network are waiting already\. Try again in \d+ second")
+    ).wait_for()
+    tab.mode("Click")
+    tab.click(SAUCER, "Decoded in")
+    tab.mode("Everything")
+    tab.page.wait_for_timeout(11_000)
+    tab.press("Find everything")
+    tab.wait_for_status("masks shown")
 
 
 def test_visitors_do_not_see_each_other(open_tab: Callable[..., Tab], predictor: EfficientSamPredictor) -> None:

@@ -4,6 +4,7 @@
 import functools
 import html
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +14,13 @@ import downloads
 import drawing
 import gradio as gr
 import numpy as np
+from gradio.context import LocalContext
 from gradio.utils import is_prop_update
-from pictures import InputError, open_picture, picture_name
+from pictures import InputError, Picture, read_picture
 from PIL import Image
-from segmenting import LOW_PREDICTED_IOU, Everything, Segmenter, check_grid, check_prompts
-from sessions import Click, Prompts, Session, SessionsWithPictures
+from segmenting import LOW_PREDICTED_IOU, Embedding, Everything, Segmenter, are_numbers, check_grid, check_prompts
+from sessions import Click, Prepared, Prompts, Session, SessionsWithPictures
+from waiting import address_of, stop_if_unwanted
 from widgets import (
     BACKGROUND,
     BOX,
@@ -52,6 +55,8 @@ class Look:
     stability: float
 
     def __post_init__(self):
+        if self.mode not in HINTS or self.kind not in (OBJECT, BACKGROUND):
+            raise InputError("Choose a mode, and what a click marks.")
         if not all(map(math.isfinite, (self.transparency, self.predicted_iou, self.stability))):
             raise InputError("A slider must be at a number.")
 
@@ -73,7 +78,10 @@ def handler(method: Callable[..., Updates]) -> Callable[..., Updates]:
 
     @functools.wraps(method)
     def call(self: "Actions", *args: Any) -> Updates:
-        session = next(value for value in args if isinstance(value, Session))
+        given = next(value for value in args if isinstance(value, Session))
+        request = LocalContext.request.get(None)
+        session = self.sessions.of(request and request.session_hash, given)
+        args = [session if value is given else value for value in args]
         with session.in_use():
             try:
                 return as_updates(method(self, *args), self.widgets)
@@ -104,20 +112,24 @@ class Actions:
         self.segmenter = segmenter
         self.widgets = widgets
         self.sessions = SessionsWithPictures()
+        self.examples: dict[str, Prepared] = {}
+        self.examples_lock = threading.Lock()
 
     @handler
     def load(self, tab: gr.Request, session: Session, path: str | None, *look: Any) -> Updates:
         """Open and encode a picture that was uploaded, pasted or taken."""
         if path is None:
             return {self.widgets.session: session}
-        return self._take(tab, session, path, Look(*look))
+        self.sessions.hold(tab.session_hash, session, address_of(tab))
+        return self._take(session, self._prepared(path), Look(*look))
 
     @handler
     def load_example(self, tab: gr.Request, session: Session, name: str, *look: Any) -> Updates:
         """Open and encode an example by its name."""
-        if name not in EXAMPLES:
+        if not isinstance(name, str) or name not in EXAMPLES:
             raise InputError("There is no such example.")
-        return self._take(tab, session, FOLDER / "examples" / EXAMPLES[name], Look(*look))
+        self.sessions.hold(tab.session_hash, session, address_of(tab))
+        return self._take(session, self._example(name), Look(*look))
 
     def close(self, tab: gr.Request) -> None:
         """A tab was closed, or cannot be reached: its session ends, unless it comes back soon."""
@@ -151,13 +163,14 @@ class Actions:
         return {**controls, **self._shown(session, Look(*look))}
 
     @handler
-    def click(self, event: gr.SelectData, session: Session, *look: Any) -> Updates:
+    def click(self, event: gr.EventData, session: Session, *look: Any) -> Updates:
         """A click on the picture: a point, a corner of a box, or the question what lies there."""
         look = Look(*look)
-        check_place(event.index)
+        place = index_of(event)
+        check_place(place)
         with session.lock:
             self._require_picture(session)
-            x, y = session.picture_point(event.index)
+            x, y = session.picture_point(place)
             if look.mode == EVERYTHING:
                 return self._name_mask(session, look, x, y)
             label = None if look.mode == BOX else int(look.kind != BACKGROUND)
@@ -170,7 +183,7 @@ class Actions:
         numbers = parse_coordinates(text)
         with session.lock:
             self._require_picture(session)
-            size = (session.picture.height, session.picture.width)
+            size = session.picture.size[::-1]
             if len(numbers) == 2:
                 check_prompts([numbers], [1], None, size)
                 clicks = [Click(*numbers, int(look.kind != BACKGROUND))]
@@ -198,11 +211,12 @@ class Actions:
         return self._shown(session, look)
 
     @handler
-    def choose(self, event: gr.SelectData, session: Session, *look: Any) -> Updates:
+    def choose(self, event: gr.EventData, session: Session, *look: Any) -> Updates:
         """Take another of the three masks."""
+        index = index_of(event)
         with session.lock:
-            if session.candidates is not None and event.index in range(len(session.candidates.scores)):
-                session.chosen = event.index
+            if session.candidates is not None and index in range(len(session.candidates.scores)):
+                session.chosen = int(index)
         return self._shown(session, Look(*look), with_gallery=False)
 
     @handler
@@ -220,7 +234,12 @@ class Actions:
             self._require_picture(session)
             picture, session.mode = session.picture, look.mode
         progress(0.0, desc=SEARCHING)
-        found = self.segmenter.everything(picture, int(grid), lambda fraction: progress(fraction, desc=SEARCHING))
+
+        def tell(fraction: float) -> None:
+            stop_if_unwanted()
+            progress(fraction, desc=SEARCHING)
+
+        found = self.segmenter.everything(picture.open(), int(grid), tell)
         with session.lock:
             if session.picture is picture:
                 session.keep_everything(found)
@@ -242,10 +261,20 @@ class Actions:
         paths = [cached_file(content, name, component) for name, content in files.items()]
         return {component: paths, self.widgets.session: session}
 
-    def _take(self, tab: gr.Request, session: Session, path: str | Path, look: Look) -> Updates:
-        self.sessions.hold(tab.session_hash, session)
-        picture = open_picture(path)
-        session.take(picture, picture_name(path), self.segmenter.embed(picture))
+    def _prepared(self, path: str | Path) -> Prepared:
+        picture, image = read_picture(path)
+        return Prepared.of(picture, image, self.segmenter.embed(image))
+
+    def _example(self, name: str) -> Prepared:
+        """An example, encoded once for all visitors."""
+        with self.examples_lock:
+            if name not in self.examples:
+                self.examples[name] = self._prepared(FOLDER / "examples" / EXAMPLES[name])
+            return self.examples[name]
+
+    def _take(self, session: Session, prepared: Prepared, look: Look) -> Updates:
+        session.take(prepared)
+        self.sessions.fit()
         w = self.widgets
         page = {w.start: gr.update(visible=False), w.work: gr.update(visible=True), w.upload: None, w.kind: OBJECT}
         whole = self.segmenter.whole if session.whole is None else session.whole
@@ -263,8 +292,16 @@ class Actions:
     def _decode(self, session: Session, prompts: Prompts) -> None:
         candidates = None
         if prompts.asks():
-            candidates = self.segmenter.decode(session.embedding, prompts.points, prompts.labels, prompts.box)
+            embedding = self._embedding(session)
+            candidates = self.segmenter.decode(embedding, prompts.points, prompts.labels, prompts.box)
         session.prompts, session.candidates, session.chosen = prompts, candidates, 0
+
+    def _embedding(self, session: Session) -> Embedding:
+        """Of the session's picture; made again where it had to go, for others' pictures."""
+        if session.embedding is None:
+            session.embedding = self.segmenter.embed(session.picture.open())
+            self.sessions.fit()
+        return session.embedding
 
     def _name_mask(self, session: Session, look: Look, x: float, y: float) -> Updates:
         """Say which mask of everything lies under a pixel of the picture: the smallest, if there are several."""
@@ -340,15 +377,15 @@ class Actions:
             self._require_picture(session)
             if session.candidates is None:
                 raise InputError("There is no mask yet. Click on an object first.")
-            chosen, picture, name = session.candidates.only(session.chosen), session.picture, session.name
-            whole = session.whole
+            chosen, picture, whole = session.candidates.only(session.chosen), session.picture, session.whole
+        image = picture.open()
         mask = self.segmenter.full_masks(chosen, whole)[0]
-        overlay = drawing.overlay_of(picture)
+        overlay = drawing.overlay_of(image)
         shown = self.segmenter.masks(chosen, (overlay.height, overlay.width), whole)[0]
         drawing.draw_mask(overlay, drawing.mask_window(shown), drawing.PALETTE[0], look.opacity)
-        coco = downloads.candidates_to_coco(name, mask[None], chosen.scores)
+        coco = downloads.candidates_to_coco(picture.name, mask[None], chosen.scores)
         return {
-            "cutout.png": downloads.cutout_png(picture, mask),
+            "cutout.png": downloads.cutout_png(image, mask),
             "mask.png": downloads.to_png(downloads.mask_image(mask)),
             "overlay.jpg": downloads.to_jpeg(overlay),
             "masks.json": downloads.to_json(coco),
@@ -360,21 +397,25 @@ class Actions:
             kept, _ = self._kept(session, look)
             if not len(kept):
                 raise InputError("There are no masks yet. Find everything first, or lower the thresholds.")
-            found, picture, name = session.everything.only(kept), session.picture, session.name
-        overlay = drawing.overlay_of(picture)
+            found, picture = session.everything.only(kept), session.picture
+        overlay = drawing.overlay_of(picture.open())
         windows = [drawing.view_window(mask, overlay.size) for mask in found.masks]
         drawing.draw_windows(overlay, windows, kept.tolist(), look.opacity)
         return {
             "labels.png": downloads.to_png(downloads.label_image(found)),
             "overlay.jpg": downloads.to_jpeg(overlay),
-            "masks.json": downloads.to_json(downloads.everything_to_coco(name, found)),
+            "masks.json": downloads.to_json(downloads.everything_to_coco(picture.name, found)),
         }
+
+
+def index_of(event: gr.EventData) -> Any:
+    """What was selected, whatever its sender says it is: gradio's own class for it takes well-formed events alone."""
+    return event._data.get("index") if isinstance(event._data, dict) else None
 
 
 def check_place(place: Any) -> None:
     """InputError unless it is a pixel of the view, [x, y]."""
-    numbers = isinstance(place, (list, tuple)) and [isinstance(value, (int, float)) for value in place]
-    if numbers != [True, True] or not all(map(math.isfinite, place)):
+    if not are_numbers(place, 2):
         raise InputError("A click must be at two numbers, x and y.")
 
 
@@ -408,15 +449,20 @@ def gallery_update(session: Session, masks: np.ndarray, gallery: gr.Gallery) -> 
     return gr.update(value=list(zip(thumbnails, captions)), selected_index=session.chosen)
 
 
+def size_of(picture: Picture) -> str:
+    """Its width and height, as the page says it."""
+    return "{:,} x {:,} pixels".format(*picture.size)
+
+
 def status_of_prompts(session: Session, mode: str, share: float) -> str:
     """One to three sentences on where the visitor stands."""
-    encoded = f"encoded once in {session.embedding.milliseconds:,.0f} ms"
+    encoded = f"encoded once in {session.milliseconds:,.0f} ms"
     if session.prompts.corner is not None:
         return "First corner set. Click on the opposite corner."
     if session.candidates is None:
         if session.prompts.clicks:
             return "Click on the object too."
-        return f"{session.picture.width:,} x {session.picture.height:,} pixels, {encoded}."
+        return f"{size_of(session.picture)}, {encoded}."
     score = session.candidates.scores[session.chosen]
     return (
         f"{advice(score, session.prompts)}Predicted IoU {score:.2f}, {100 * share:.1f} % of the picture. Decoded in "
@@ -435,7 +481,7 @@ def advice(score: float, prompts: Prompts) -> str:
 def status_of_everything(session: Session, shown: int) -> str:
     """How many masks there are, and what they took."""
     if session.everything is None:
-        return f"{session.picture.width:,} x {session.picture.height:,} pixels. Nothing searched yet."
+        return f"{size_of(session.picture)}. Nothing searched yet."
     seconds, side = session.everything.milliseconds / 1000, session.everything.grid
     return (
         f"{shown} of {len(session.everything.masks)} masks shown. Searched in {seconds:,.1f} s with a grid of "

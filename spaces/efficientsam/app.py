@@ -7,25 +7,29 @@ app.py` starts the server.
 
 import os
 import sys
+from collections import Counter
 from typing import Any
 
 import gradio as gr
 from actions import Actions
 from endpoints import add_endpoints
-from pictures import MAX_BYTES
+from intake import Intake
+from limits import FILES_SECONDS, LANES, MAX_BYTES, VISITORS
 from segmenting import Segmenter
+from starlette.middleware import Middleware
+from stored_files import FileStore
+from waiting import FairQueue
 from widgets import FOLDER, Widgets, build_widgets
 
 
 SETTING = "MODEL_ID"
-WAITING_AT_MOST = 64  # events in the queue, beyond which visitors are told to come back
-VISITORS_AT_MOST = 500  # that gradio remembers; how many of them may hold a picture is in sessions.py
-SECONDS_BETWEEN_CLEANINGS, SECONDS_OF_FILES = 600, 3600
+SECONDS_BETWEEN_CLEANINGS = 600
 # gradio sums up all events so far after each one, for a page that is switched off here.
 STATISTICS = {"GRADIO_ANALYTICS_MAX_EVENTS": "100", "GRADIO_ANALYTICS_CACHE_FREQUENCY": "1000000"}
+# A Space's proxies are in private networks; whom they saw is believed, what a client says of itself is not.
+PRIVATE_NETWORKS = "127.0.0.0/8,::1,10.0.0.0/8,100.64.0.0/10,172.16.0.0/12,192.168.0.0/16,fc00::/7"
 # What takes seconds does not hold up those who click: a click takes milliseconds.
-ENCODER = {"concurrency_id": "encoder", "concurrency_limit": 1}
-DECODER = {"concurrency_id": "decoder", "concurrency_limit": 1}
+OF_LANES = {name: {"concurrency_id": name, "concurrency_limit": lane.at_once} for name, lane in LANES.items()}
 
 
 def model_id() -> str:
@@ -40,18 +44,33 @@ def build(segmenter: Segmenter) -> gr.Blocks:
     """The app on a model."""
     for setting, value in STATISTICS.items():
         os.environ.setdefault(setting, value)
-    files = (SECONDS_BETWEEN_CLEANINGS, SECONDS_OF_FILES)
+    files = (SECONDS_BETWEEN_CLEANINGS, FILES_SECONDS)
     with gr.Blocks(title="EfficientSAM", analytics_enabled=False, delete_cache=files) as app:
         widgets = build_widgets(segmenter)
         actions = Actions(segmenter, widgets)
         _connect(widgets, actions)
         app.unload(actions.close)
-        add_endpoints(segmenter, **ENCODER)
-    return app.queue(max_size=WAITING_AT_MOST, default_concurrency_limit=1)
+        add_endpoints(segmenter, OF_LANES)
+    app.queue(api_open=False)  # nothing gets past the queue
+    app._queue = FairQueue(app, Counter())
+    return app
+
+
+def trust_proxy() -> None:
+    """On a Space, let uvicorn find a client's address in X-Forwarded-For: the last one that is no proxy's there.
+
+    Elsewhere it believes this machine alone, or what FORWARDED_ALLOW_IPS names.
+    """
+    if os.environ.get("SPACE_ID") and os.environ.get("FORWARDED_ALLOW_IPS", "*") == "*":
+        os.environ["FORWARDED_ALLOW_IPS"] = PRIVATE_NETWORKS
 
 
 def launch(app: gr.Blocks, **options: Any) -> Any:
     """Serve the app; `options` are those of `gr.Blocks.launch`."""
+    trust_proxy()
+    files = FileStore(app)
+    files.watch()
+    intake = Middleware(Intake, listeners=app._queue.listeners, files=files)
     return app.launch(
         theme=gr.themes.Default(
             primary_hue="emerald",
@@ -61,7 +80,8 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
         ),
         css_paths=FOLDER / "style.css",
         max_file_size=MAX_BYTES,
-        state_session_capacity=VISITORS_AT_MOST,
+        state_session_capacity=VISITORS,
+        app_kwargs={"middleware": [intake]},
         enable_monitoring=False,
         run_history=False,
         footer_links=["api"],
@@ -73,16 +93,18 @@ def launch(app: gr.Blocks, **options: Any) -> Any:
 def _connect(w: Widgets, actions: Actions) -> None:
     """Tie events to their handlers."""
     session, look = w.session, w.look
-    heavy = {"api_visibility": "private", **ENCODER}
-    light = {"api_visibility": "private", "show_progress": "hidden", **DECODER}
-    start = {"outputs": [*w.shown, w.upload, w.kind, w.whole], "show_progress_on": w.upload, **heavy}
+    clicks, pictures, everything = (
+        {"api_visibility": "private", **OF_LANES[name]} for name in ("clicks", "pictures", "everything")
+    )
+    light = {"show_progress": "hidden", **clicks}
+    start = {"outputs": [*w.shown, w.upload, w.kind, w.whole], "show_progress_on": w.upload}
     # Choosing the camera or the clipboard already counts as input, of nothing; a picture that comes while that is
     # answered must not be dropped.
-    uploaded = w.upload.input(actions.load, [session, w.upload, *look], trigger_mode="multiple", **start)
+    uploaded = w.upload.input(actions.load, [session, w.upload, *look], trigger_mode="multiple", **start, **pictures)
     uploaded.failure(lambda: None, outputs=w.upload, api_visibility="private", queue=False)
     for button in w.examples:
-        button.click(actions.load_example, [session, button, *look], **start)
-    w.run.click(actions.find_everything, [session, w.grid, *look], w.shown, show_progress_on=w.canvas, **heavy)
+        button.click(actions.load_example, [session, button, *look], **start, **clicks)
+    w.run.click(actions.find_everything, [session, w.grid, *look], w.shown, show_progress_on=w.canvas, **everything)
     w.canvas.select(actions.click, [session, *look], w.shown, trigger_mode="multiple", **light)
     w.gallery.select(actions.choose, [session, *look], w.shown, trigger_mode="always_last", **light)
     w.whole.input(actions.make_whole, [session, w.whole, *look], w.shown, trigger_mode="always_last", **light)
@@ -95,7 +117,7 @@ def _connect(w: Widgets, actions: Actions) -> None:
     typed = [w.add.click, w.coordinates.submit]
     gr.on(typed, actions.add, [session, w.coordinates, *look], [*w.shown, w.coordinates], **light)
     # At the size of the picture, which can be large: nothing for those who click to wait for.
-    w.make_files.click(actions.make_files, [session, *look], w.shown, show_progress="minimal", **heavy)
+    w.make_files.click(actions.make_files, [session, *look], w.shown, show_progress="minimal", **pictures)
 
 
 def main() -> None:

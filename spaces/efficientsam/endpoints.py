@@ -9,6 +9,7 @@ import gradio as gr
 from pictures import InputError, open_picture, picture_name
 from PIL import Image
 from segmenting import Segmenter, check_grid, short
+from waiting import stop_if_unwanted
 from widgets import PictureFile, readable
 
 
@@ -92,7 +93,7 @@ class Endpoints:
             ]
             grid = self.segmenter.grid if grid is None else grid
             check_grid(grid, self.segmenter.grids)
-            found = self.segmenter.everything(open_given(image), int(grid))
+            found = self.segmenter.everything(open_given(image), int(grid), lambda _: stop_if_unwanted())
             found = found.only(found.above(*limits))
             return downloads.everything_to_coco(picture_name(image), found), downloads.label_image(found)
         except InputError as error:
@@ -109,8 +110,8 @@ class Endpoints:
         return coco, downloads.mask_image(masks[0])
 
 
-def add_endpoints(segmenter: Segmenter, **limits: Any) -> None:
-    """Offer the calls in the current `gr.Blocks`; `limits` are those of its events."""
+def add_endpoints(segmenter: Segmenter, lanes: dict[str, dict[str, Any]]) -> None:
+    """Offer the calls in the current `gr.Blocks`, each in one of the `lanes`: options of events, by name."""
     endpoints = Endpoints(segmenter)
     with gr.Group(visible=False):
         image = PictureFile(type="filepath", label="Image")
@@ -125,12 +126,12 @@ def add_endpoints(segmenter: Segmenter, **limits: Any) -> None:
         mask, numbers = (gr.Image(format="png", label=name, buttons=[]) for name in ("Mask", "Numbers"))
         trigger = gr.Button()
     calls = {
-        "segment_points": ([image, points, labels, *whole], mask),
-        "segment_box": ([image, box, *whole], mask),
-        "segment_everything": ([image, grid, predicted_iou, stability], numbers),
+        "segment_points": ([image, points, labels, *whole], mask, "calls"),
+        "segment_box": ([image, box, *whole], mask, "calls"),
+        "segment_everything": ([image, grid, predicted_iou, stability], numbers, "everything"),
     }
-    for name, (inputs, picture) in calls.items():
-        trigger.click(getattr(endpoints, name), inputs, [coco, picture], api_name=name, **limits)
+    for name, (inputs, picture, lane) in calls.items():
+        trigger.click(getattr(endpoints, name), inputs, [coco, picture], api_name=name, **lanes[lane])
 
 
 def _list_input(label: str, example: Any, schema: dict[str, Any]) -> gr.JSON:

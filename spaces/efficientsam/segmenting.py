@@ -8,6 +8,8 @@ import contextvars
 import dataclasses
 import functools
 import inspect
+import os
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -121,7 +123,9 @@ class Segmenter:
     def __init__(self, model_id: str, trust_remote_code: bool):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.name = model_id
-        self.threads = {name: ThreadPoolExecutor(1, thread_name_prefix=name) for name in ("encoder", "decoder")}
+        # Those who look at the page come before programs, and before what takes long.
+        ways = {"encoder": None, "decoder": None, "calls": give_way, "everything": give_way}
+        self.threads = {name: ThreadPoolExecutor(1, name, initializer=way) for name, way in ways.items()}
         self.pipeline = pipeline("mask-generation", model=model_id, trust_remote_code=trust_remote_code, device=device)
         self.model = self.pipeline.model
         self.processor = AutoProcessor.from_pretrained(model_id, trust_remote_code=trust_remote_code)
@@ -153,6 +157,9 @@ class Segmenter:
     @in_thread("encoder")
     def embed(self, picture: Image.Image) -> Embedding:
         """Encode a picture."""
+        return self._embed(picture)
+
+    def _embed(self, picture: Image.Image) -> Embedding:
         start = time.perf_counter()
         pixels = self.processor.image_processor(images=picture, return_tensors="pt")["pixel_values"]
         tensor = self.model.get_image_embeddings(pixels.to(self.model.device, self.model.dtype))
@@ -166,6 +173,11 @@ class Segmenter:
 
         Raises InputError for prompts that are malformed, outside the picture or unknown to the checkpoint.
         """
+        return self._decode(embedding, points, labels, box)
+
+    def _decode(
+        self, embedding: Embedding, points: list[list[float]], labels: list[int], box: Box | None
+    ) -> Candidates:
         check_prompts(points, labels, box, embedding.size)
         start = time.perf_counter()
         prompts: dict[str, Any] = {}
@@ -184,10 +196,11 @@ class Segmenter:
         logits = outputs.pred_masks[0, 0].float().cpu()[order]
         return Candidates(logits, scores[order].tolist(), embedding.size, dict(inputs), _milliseconds(start))
 
+    @in_thread("calls")
     def segment(self, picture: Image.Image, points: Any, labels: Any, box: Any) -> Candidates:
         """Encode and decode at once, for prompts that are checked before; arguments and errors of `decode`."""
         check_prompts(points, labels, box, (picture.height, picture.width))
-        return self.decode(self.embed(picture), points, labels, box)
+        return self._decode(self._embed(picture), points, labels, box)
 
     @in_thread("decoder")
     def masks(self, candidates: Candidates, size: tuple[int, int], whole: bool | None = None) -> np.ndarray:
@@ -210,7 +223,7 @@ class Segmenter:
             options = {"prompts": candidates.prompts, **cleaning}
         return self.processor.post_process_masks(candidates.logits[None, None], [size], **options)[0][0].numpy()
 
-    @in_thread("encoder")
+    @in_thread("everything")
     def everything(
         self, picture: Image.Image, grid: int, progress: Callable[[float], None] | None = None
     ) -> Everything:
@@ -237,6 +250,12 @@ class Segmenter:
             grid=grid,
             milliseconds=_milliseconds(start),
         )
+
+
+def give_way() -> None:
+    """Leave others the larger part of the processor: in Linux each thread has a niceness of its own."""
+    if sys.platform == "linux":
+        os.nice(10)
 
 
 def check_grid(value: Any, grids: list[int]) -> None:
@@ -266,7 +285,7 @@ def check_prompts(points: Any, labels: Any, box: Any, size: tuple[int, int]) -> 
 
 def _check_point(point: Any, size: tuple[int, int]) -> None:
     height, width = size
-    if not _are_numbers(point, 2):
+    if not are_numbers(point, 2):
         raise InputError(f"A point must be [x, y], two numbers of pixels; got {short(point)}.")
     if not (0 <= point[0] <= width and 0 <= point[1] <= height):
         raise InputError(f"The point {short(point)} is outside the picture of {width} x {height} pixels.")
@@ -274,7 +293,7 @@ def _check_point(point: Any, size: tuple[int, int]) -> None:
 
 def _check_box(box: Any, size: tuple[int, int]) -> None:
     height, width = size
-    if not _are_numbers(box, 4):
+    if not are_numbers(box, 4):
         raise InputError(f"A box must be [x0, y0, x1, y1], four numbers of pixels; got {short(box)}.")
     x0, y0, x1, y1 = box
     if x1 <= x0 or y1 <= y0:
@@ -283,7 +302,7 @@ def _check_box(box: Any, size: tuple[int, int]) -> None:
         raise InputError(f"The box {short(list(box))} is outside the picture of {width} x {height} pixels.")
 
 
-def _are_numbers(values: Any, count: int) -> bool:
+def are_numbers(values: Any, count: int) -> bool:
     """Whether these are so many finite numbers."""
     if not isinstance(values, (list, tuple)) or len(values) != count:
         return False

@@ -4,23 +4,24 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import drawing
+from limits import CLOSED_SECONDS, SESSION_SECONDS, SESSIONS_BYTES
+from pictures import Picture
 from PIL import Image
 from segmenting import Box, Candidates, Embedding, Everything
 
 
-SECONDS_TO_LIVE = 1800  # after the last action
-SECONDS_AFTER_CLOSING = 600  # of the tab: a phone that sleeps or changes its network closes it too, and comes back
-SECONDS_BETWEEN_LOOKS = 1
-PICTURES_AT_MOST = 40  # each may be one of 75 MB
+SECONDS_BETWEEN_LOOKS, LOOKS_PER_RETURN = 1, 10
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,22 @@ class Prompts:
         return [click for click in self.clicks if click.label is None]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A picture with what is made of it once, and never changed: sessions on one example share it."""
+
+    picture: Picture
+    view: Image.Image
+    small: Image.Image
+    embedding: Embedding
+
+    @classmethod
+    def of(cls, picture: Picture, image: Image.Image, embedding: Embedding) -> Prepared:
+        """From a picture and its pixels."""
+        view = drawing.make_view(image)
+        return cls(picture, view, drawing.make_view(view, drawing.THUMBNAIL_SIDE), embedding)
+
+
 class Session:
     """One visitor's state. Events of a visitor may overlap, so whoever changes it holds `lock`."""
 
@@ -78,6 +95,7 @@ class Session:
         self.lock = threading.RLock()
         self.events = 0  # that are going on
         self.tab_closed = False
+        self.address = ""  # whom it belongs to, for a fair share of the memory
         self.whole: bool | None = None  # whether masks are shown whole, once the visitor has said so
         self.deadline = math.inf  # seconds of time.monotonic() at which it ends, if the visitor does nothing
         self.free()
@@ -106,7 +124,7 @@ class Session:
             self._wait_again()
 
     def _wait_again(self) -> None:
-        self.deadline = time.monotonic() + (SECONDS_AFTER_CLOSING if self.tab_closed else SECONDS_TO_LIVE)
+        self.deadline = time.monotonic() + (CLOSED_SECONDS if self.tab_closed else SESSION_SECONDS)
 
     def end_if_due(self) -> bool:
         """End if the deadline has passed and no event goes on; whether it holds nothing and none is coming."""
@@ -117,21 +135,16 @@ class Session:
                 self.free()
             return self.picture is None
 
-    @property
-    def urgency(self) -> tuple[bool, float]:
-        """Lower for those that are to end before others."""
-        return self.events > 0, self.deadline
-
     def free(self) -> None:
         """Forget the picture and all that was made of it."""
         with self.lock:
-            self.name = "picture"
             self.mode = ""  # that the page went to last
             self.offers_files = False  # what the page was told last
-            self.picture: Image.Image | None = None
+            self.picture: Picture | None = None
             self.view: Image.Image | None = None
             self.small: Image.Image | None = None
             self.embedding: Embedding | None = None
+            self.milliseconds = 0.0  # that encoding took
             self.forget_everything()
             self.forget_prompts()
 
@@ -146,22 +159,51 @@ class Session:
         """Drop the masks of everything."""
         with self.lock:
             self.everything: Everything | None = None
-            self.windows: list[drawing.Window] = []
+            self._windows: list[drawing.Window] | None = None
+
+    @property
+    def windows(self) -> list[drawing.Window]:
+        """What masks of everything cover of the view, made once for as many redraws as there will be."""
+        with self.lock:
+            if self._windows is None:
+                self._windows = [drawing.view_window(mask, self.view.size) for mask in self.everything.masks]
+            return self._windows
 
     def keep_everything(self, found: Everything) -> None:
-        """Keep masks of everything, and what they cover of the view, for as many redraws as there will be."""
-        windows = [drawing.view_window(mask, self.view.size) for mask in found.masks]
+        """Keep masks of everything."""
         with self.lock:
-            self.everything, self.windows = found, windows
+            self.everything, self._windows = found, None
 
-    def take(self, picture: Image.Image, name: str, embedding: Embedding) -> None:
-        """Work on another picture, (H, W) RGB, from now on."""
-        view = drawing.make_view(picture)
-        small = drawing.make_view(view, drawing.THUMBNAIL_SIDE)
+    @property
+    def nbytes(self) -> int:
+        """What it holds of memory, but for odds and ends."""
+        picture, embedding, candidates, found = self.picture, self.embedding, self.candidates, self.everything
+        views = [view.width * view.height * 3 for view in (self.view, self.small) if view is not None]
+        windows = [window.nbytes for window, _ in self._windows or ()]
+        return (
+            (len(picture.content) if picture else 0)
+            + (embedding.tensor.nbytes if embedding else 0)
+            + (candidates.logits.nbytes if candidates else 0)
+            + (sum(len(mask["counts"]) for mask in found.masks) if found else 0)
+            + sum(views + windows)
+        )
+
+    @property
+    def spares(self) -> bool:
+        """Whether it holds what can be made again."""
+        return self.embedding is not None or self._windows is not None
+
+    def forget_spares(self) -> None:
+        """Forget what can be made again from the picture and the masks: it takes a second, when it is needed."""
+        with self.lock:
+            self.embedding = self._windows = None
+
+    def take(self, prepared: Prepared) -> None:
+        """Work on another picture from now on."""
         with self.lock:
             self.free()
-            self.picture, self.name, self.embedding = picture, name, embedding
-            self.view, self.small = view, small
+            self.picture, self.view, self.small = prepared.picture, prepared.view, prepared.small
+            self.embedding, self.milliseconds = prepared.embedding, prepared.embedding.milliseconds
 
     def picture_point(self, point: list[float]) -> list[float]:
         """The pixel of the picture under a pixel of the view."""
@@ -169,30 +211,53 @@ class Session:
 
 
 class SessionsWithPictures:
-    """Sessions that hold a picture, by their tabs: at most so many, each until its deadline.
+    """Sessions that hold a picture, by their tabs: within a bound on memory, each until its deadline.
 
-    gradio itself keeps a session for an hour after its tab was closed, whatever it holds.
+    gradio itself keeps a session for an hour after its tab was closed, whatever it holds, and forgets one that is
+    needed where many others came after it.
     """
 
-    def __init__(self, most: int = PICTURES_AT_MOST):
-        self.most = most
+    def __init__(self, most: int = SESSIONS_BYTES):
+        self.most = most  # bytes
         self.lock = threading.Lock()
         self.by_tab: dict[str, Session] = {}
         self.watch: threading.Thread | None = None
 
-    def hold(self, tab: str, session: Session) -> None:
-        """Take a session that is about to hold a picture; where there are too many, the next one due ends now."""
+    def hold(self, tab: str, session: Session, address: str = "") -> None:
+        """Take a session that is about to hold a picture."""
         with self.lock:
+            session.address = address
             self.by_tab[tab] = session
-            others = [other for other in self.by_tab if other != tab]
-            surplus = None
-            if len(others) >= self.most:
-                surplus = self.by_tab.pop(min(others, key=lambda other: self.by_tab[other].urgency))
             if self.watch is None:
                 self.watch = threading.Thread(target=self._watch, daemon=True, name="sessions")
                 self.watch.start()
-        if surplus is not None:
-            surplus.free()
+
+    def of(self, tab: str | None, session: Session) -> Session:
+        """The session that this tab holds a picture with, or the one that gradio has for it."""
+        return self.by_tab.get(tab, session)
+
+    def fit(self) -> None:
+        """Come within the bound.
+
+        The address that holds the most gives: first what can be made again, then whole sessions, those first that have
+        been away longest.
+        """
+        while (session := self._next_to_give()) is not None:
+            with session.lock:
+                if not session.events:
+                    session.forget_spares() if session.spares else session.free()
+
+    def _next_to_give(self) -> Session | None:
+        """None within the bound, or where all do something just now."""
+        with self.lock:
+            held = list(self.by_tab.values())
+        taken: Counter = Counter()
+        for session in held:
+            taken[session.address] += session.nbytes
+        idle = [session for session in held if session.picture is not None and not session.events]
+        if taken.total() <= self.most or not idle:
+            return None
+        return min(idle, key=lambda session: (-taken[session.address], not session.spares, session.deadline))
 
     def close(self, tab: str) -> None:
         """A tab was closed, or is out of reach."""
@@ -202,7 +267,7 @@ class SessionsWithPictures:
             session.close_tab()
 
     def end_due(self) -> None:
-        """End what is due, and give the memory back."""
+        """End what is due, and come within the bound."""
         with self.lock:
             held = list(self.by_tab.items())
         ended = [(tab, session) for tab, session in held if session.end_if_due()]
@@ -210,13 +275,14 @@ class SessionsWithPictures:
             for tab, session in ended:
                 if self.by_tab.get(tab) is session:
                     del self.by_tab[tab]
-        if ended:
-            return_memory()
+        self.fit()
 
     def _watch(self) -> None:
-        while True:
+        for look in itertools.count(1):
             time.sleep(SECONDS_BETWEEN_LOOKS)
             self.end_due()
+            if look % LOOKS_PER_RETURN == 0:
+                return_memory()
 
 
 def return_memory() -> None:
