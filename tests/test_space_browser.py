@@ -386,6 +386,7 @@ def test_bad_files_are_explained_and_the_page_goes_on(tab: Tab, tmp_path: Path) 
     tab.page.locator("#upload input[type=file]").first.set_input_files(tmp_path / "text.png")
     toast = tab.page.get_by_text("This is not a picture that can be read here")
     toast.wait_for()
+    tab.page.wait_for_timeout(2000)  # the page puts another input in the place of this one, which nothing shows
     tab.page.wait_for_selector("#upload input[type=file]", state="attached")
     tab.upload(COFFEE)
     tab.click(SAUCER, "Decoded in")
