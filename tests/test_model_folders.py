@@ -204,6 +204,11 @@ PROCESSORS = [
     ("do_normalize", 0, "do_normalize"),
     ("size", {"height": 10**9, "width": 10**9}, "size"),
     ("size", 0, "size"),
+    (
+        "size",
+        {"height": 64, "width": 34},
+        "size of its processor is {'height': 64, 'width': 34}, expected multiples of 16",
+    ),
     ("size", {"height": 64.5, "width": 64.5}, "size"),
     ("mask_generation", {"grid": 5}, "grid"),
     ("mask_cleaning", 5, "cannot load"),

@@ -82,7 +82,8 @@ def segment_with(files: Files, picture: str) -> None:
     if content is not None:
         check_masks(content)
     else:
-        assert f"from {folder}: " in line or "model" in line or "points" in line or "image" in line, line
+        resizing = "pixel_values" in line and b'"do_resize": false' in files[NAMES[1]]
+        assert f"from {folder}: " in line or "model" in line or "points" in line or "image" in line or resizing, line
 
 
 # Configurations

@@ -87,8 +87,21 @@ def load_model(name: str | None, args: argparse.Namespace) -> tuple[Any, Any]:
     if args.dtype:
         options["dtype"] = getattr(torch, args.dtype)
     model = load_pretrained(AutoModelForMaskGeneration, name, **options)
+    _check_sides(processor, model, name)
     _set_cleaning(processor, check_cleaning(args), name)
     return model.to(device).eval(), processor
+
+
+def _check_sides(processor: Any, model: Any, name: str) -> None:
+    """ValueError for an EfficientSAM whose processor stretches pictures to what is no whole number of patches."""
+    if not hasattr(model, "decode_prompts") or not hasattr(processor.image_processor, "mask_cleaning"):
+        return
+    size, patch = processor.image_processor.size, model.config.vision_config.patch_size
+    if any(side % patch for side in size.values()):
+        raise ValueError(
+            f"cannot load a promptable model from {name}: size of its processor is {size}, expected multiples of "
+            f"{patch}"
+        )
 
 
 def _set_cleaning(processor: Any, cleaning: dict[str, Any], name: str) -> None:
